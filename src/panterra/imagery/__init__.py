@@ -1,0 +1,1 @@
+"""Imagery: scenes, rasters, labels."""

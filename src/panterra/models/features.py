@@ -1,0 +1,46 @@
+"""What a model returns, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from panterra.sample import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """Embeddings of B samples on a grid of H' x W' patches."""
+
+    patches: Float[Tensor, "b h w d"]
+    """One vector per patch, rows from the north; zeros where `valid` is False."""
+    summary: Float[Tensor, "b d"]
+    """One vector per sample; zeros for a sample without any data."""
+    valid: Bool[Tensor, "b h w"]
+    """True where at least one date of one modality was data in the patch."""
+    patch_m: float
+    """Side of a patch on the ground, in metres."""
+    dense: Float[Tensor, "b y x e"] | None = None
+    """One vector per sub-patch, for families that have them and when asked for."""
+    tokens: Mapping[str, Float[Tensor, "b h w t s d"]] | None = None
+    """One vector per patch, date and band set of each modality, when asked for."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """All that evaluation, fine-tuning, mapping and the studio know of a model."""
+
+    modalities: tuple[str, ...]
+    """What it was trained to look at, in order of preference."""
+    dim: int
+    """D, the width of its embeddings."""
+    name: str
+    """Where it came from: a released name or a folder."""
+
+    def encode(self, batch: Batch, *, patch_m: float, dense: bool = False) -> Features:
+        """Embed a batch in declared units at the given patch size in metres."""
+        ...
