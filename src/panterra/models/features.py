@@ -30,6 +30,17 @@ class Features:
     """One vector per patch, date and band set of each modality, when asked for."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What a transformer gives back for each modality, in the layout patches, dates, band sets."""
+
+    tokens: dict[str, Float[Tensor, "b _h _w _t _s d"]]
+    visible: dict[str, Bool[Tensor, "b _h _w _t _s"]]
+    """False where a token took no part; its embedding means nothing then."""
+    aggregated: Float[Tensor, "b d"] | None
+    """The projected mean of the visible tokens, which pretraining contrasts, where it was computed."""
+
+
 @runtime_checkable
 class Encoder(Protocol):
     """All that evaluation, fine-tuning, mapping and the studio know of a model."""

@@ -1,0 +1,476 @@
+"""OlmoEarth: a transformer over patches of several sensors and dates (Ai2, 2025; v1, v1.1 and v1.2)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from panterra.errors import InputError
+from panterra.modalities import MODALITIES
+from panterra.models.features import Features, Tokens
+from panterra.models.layers import Block
+from panterra.models.normalize import olmoearth_range
+from panterra.models.patches import to_patches
+from panterra.models.pooling import instance_pool, patch_mean, spatial_pool
+from panterra.models.positions import (
+    axial_frequencies,
+    days_since_2000,
+    mixed_frequencies,
+    month_table,
+    sincos1d,
+    sincos2d,
+)
+from panterra.models.slots import align
+from panterra.sample import Batch
+
+OBSERVED = ("sentinel2_l2a", "sentinel1", "landsat")
+"""What the released models were trained to look at."""
+TARGET_ONLY = ("worldcover", "srtm", "openstreetmap_raster", "wri_canopy_height_map", "cdl", "worldcereal")
+"""Maps that the released models only ever had to predict."""
+
+SPATIAL_FACTOR = {"naip_10": 4}
+"""Pixels per pixel of the common grid, along a side, where it is not 1."""
+
+Position = Literal["absolute", "rope", "rope_mixed", "rope_3d", "rope_3d_mixed", "none"]
+Attend = Literal["masked", "published_eval", "published_fast"]
+"""masked: only visible tokens take part, whatever else is in the batch (the default, and what training does).
+published_eval: as the published evaluation code, in which shorter samples also attend to zero padding (spec 2.6).
+published_fast: as the published fast path, in which every token attends to every token, missing ones too."""
+
+BandSets = tuple[tuple[str, ...], ...]
+
+V1_BAND_SETS: Mapping[str, BandSets] = {
+    "sentinel2_l2a": (("B02", "B03", "B04", "B08"), ("B05", "B06", "B07", "B8A", "B11", "B12"), ("B01", "B09")),
+    "sentinel2": (("B02", "B03", "B04", "B08"), ("B05", "B06", "B07", "B8A", "B11", "B12"), ("B01", "B09", "B10")),
+    "landsat": (("B8",), ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B9", "B10", "B11")),
+}
+"""How v1 groups bands into tokens; other modalities are one group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OlmoEarthConfig:
+    """What an OlmoEarth encoder is made of; the defaults are those of v1."""
+
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    modalities: tuple[str, ...] = OBSERVED + TARGET_ONLY
+    observed: tuple[str, ...] = OBSERVED
+    band_sets: Mapping[str, BandSets] = field(default_factory=dict)
+    """Groups of bands that share a token, where they differ from `V1_BAND_SETS`."""
+    base_patch_px: int = 8
+    """The patch size that every patch is resized to."""
+    convolution: bool = True
+    """Order of a patch's features: (band, row, column), as in a convolution kernel, or else (row, column, band)."""
+    pixel_hidden: tuple[int, ...] = ()
+    """Widths of the layers that each pixel passes before its patch is formed."""
+    post_hidden: tuple[int, ...] = ()
+    """Widths of layers after the patch projection; the last one equals `dim`."""
+    position: Position = "absolute"
+    rope_base: float = 10000.0
+    rope_scale: float = 1.0
+    rope_mixed_base: float = 10000.0
+    rope_time_fraction: float = 0.25
+    rope_time_base: float | None = None
+    rope_time_scale: float = 1.0
+    """Multiplies days since 2000-01-01."""
+    registers: int = 0
+    qk_norm: bool = False
+    drop_path: float = 0.1
+    projection_layers: int = 1
+    aggregate_first: bool = True
+    output_dim: int | None = None
+
+    def groups(self, modality: str) -> BandSets:
+        """Bands per token of a modality."""
+        whole = (MODALITIES[modality].band_names,)
+        return self.band_sets.get(modality, V1_BAND_SETS.get(modality, whole))
+
+
+SIZES = {
+    "nano": {"dim": 128, "depth": 4, "heads": 8},
+    "tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "small": {"dim": 384, "depth": 12, "heads": 6},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+}
+
+
+def released_config(version: str, size: str) -> OlmoEarthConfig:
+    """Give the configuration of a release: version "v1", "v1.1" or "v1.2", size as in `SIZES` (spec 2.1, 2.9)."""
+    config = OlmoEarthConfig(**SIZES[size])  # type: ignore[arg-type]
+    if version == "v1":
+        return config
+    config = replace(
+        config,
+        convolution=False,
+        pixel_hidden=(12 if size == "nano" else 64,),
+        band_sets={name: (MODALITIES[name].band_names,) for name in ("sentinel2_l2a", "landsat")},
+    )
+    return config if version == "v1.1" else replace(config, position="rope_3d_mixed", rope_time_scale=1 / 30)
+
+
+class PatchEmbedding(nn.Module):
+    """Turn the pixels of one band set into one vector per patch and date."""
+
+    def __init__(self, config: OlmoEarthConfig, modality: str, bands: tuple[str, ...]) -> None:
+        super().__init__()
+        names = MODALITIES[modality].band_names
+        self.channels = [names.index(band) for band in bands]
+        self.whole = self.channels == list(range(len(names)))
+        self.spatial = MODALITIES[modality].kind in ("series", "still")
+        self.factor = SPATIAL_FACTOR.get(modality, 1)
+        self.size = config.base_patch_px * self.factor
+        self.channels_last = not config.convolution
+        widths = (len(bands), *config.pixel_hidden) if self.spatial else (len(bands),)
+        self.pixel = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.proj = nn.Linear(widths[-1] * (self.size**2 if self.spatial else 1), config.dim)
+        post = (config.dim, *config.post_hidden) if self.spatial else (config.dim,)
+        self.post = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(post))
+
+    def forward(self, pixels: Float[Tensor, "b t c y x"], patch_px: int) -> Float[Tensor, "b h w t d"]:
+        b, t = pixels.shape[:2]
+        if not self.whole:
+            pixels = pixels[:, :, self.channels]
+        if not self.spatial:
+            vector: Tensor = self.proj(pixels[..., 0, 0])
+            return vector[:, None, None]
+        channels_last = self.channels_last or len(self.pixel) > 0
+        x = to_patches(pixels.flatten(0, 1), patch_px * self.factor, self.size, channels_last=channels_last)
+        if self.pixel:
+            x = x.unflatten(-1, (self.size**2, -1))
+            for layer in self.pixel:
+                x = F.relu(layer(x))
+            x = x.flatten(-2)
+        x = self.proj(x)
+        for layer in self.post:
+            x = layer(F.relu(x))
+        tokens: Tensor = rearrange(x, "(b t) h w d -> b h w t d", b=b, t=t)
+        return tokens
+
+
+class Encodings(nn.Module):
+    """The additive part of a token's identity: channel, slot, month, place, a quarter of the width each (spec 2.3)."""
+
+    def __init__(self, config: OlmoEarthConfig, dim: int) -> None:
+        super().__init__()
+        self.quarter = dim // 4
+        self.slots = config.position not in ("rope_3d", "rope_3d_mixed")
+        self.places = config.position == "absolute"
+        self.channel = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(len(config.groups(name)), self.quarter)) for name in config.modalities}
+        )
+        self.month = nn.Parameter(month_table(self.quarter), requires_grad=False)
+
+    def add(
+        self,
+        tokens: Float[Tensor, "b h w t s d"],
+        modality: str,
+        month: Int[Tensor, "b t"],
+        step: float,
+    ) -> Float[Tensor, "b h w t s d"]:
+        """Add the encodings in place to freshly made tokens; `step` is the distance of patches in 10 m times 1."""
+        n, (_, rows, cols, steps, _, _) = self.quarter, tokens.shape
+        kind = MODALITIES[modality].kind
+        tokens[..., :n] += self.channel[modality]
+        if kind in ("series", "weather"):
+            if self.slots:
+                tokens[..., n : 2 * n] += sincos1d(steps, n).to(tokens)[:, None]
+            tokens[..., 2 * n : 3 * n] += self.month[month[:, :steps]][:, None, None, :, None]
+        if self.places and kind in ("series", "still"):
+            tokens[..., 3 * n : 4 * n] += sincos2d(rows, cols, n, step).to(tokens)[:, :, None, None]
+        return tokens
+
+
+class Rotary(nn.Module):
+    """Angles by which queries and keys turn with time, row and column; learnable or fixed (spec 2.4)."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: OlmoEarthConfig, *, depth: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.axes = slice(0, 3) if config.position in ("rope_3d", "rope_3d_mixed") else slice(1, 3)
+        self.scale = (config.rope_time_scale, config.rope_scale, config.rope_scale)
+        if config.position in ("rope_mixed", "rope_3d_mixed"):
+            axes = 3 if config.position == "rope_3d_mixed" else 2
+            drawn = [mixed_frequencies(axes, heads, head_dim, base=config.rope_mixed_base) for _ in range(depth)]
+            self.frequencies = nn.Parameter(torch.stack(drawn))
+        else:
+            fraction = config.rope_time_fraction if config.position == "rope_3d" else 0.0
+            table = axial_frequencies(
+                head_dim, base=config.rope_base, time_fraction=fraction, time_base=config.rope_time_base
+            )
+            self.register_buffer("frequencies", table[self.axes].expand(depth, -1, -1, -1).clone(), persistent=False)
+
+    def turn(self, coordinates: Float[Tensor, "b n 3"], layer: int) -> Tensor:
+        """Give one layer's unit complex numbers [b, n, 1, heads or 1, pairs], in float32 whatever the precision."""
+        places = coordinates * torch.tensor(self.scale, device=coordinates.device)
+        angle = torch.einsum("bna,ahp->bnhp", places[..., self.axes], self.frequencies[layer].float())[:, :, None]
+        return torch.polar(torch.ones_like(angle), angle)
+
+
+class OlmoEarth(nn.Module):
+    """The OlmoEarth encoder."""
+
+    def __init__(
+        self,
+        config: OlmoEarthConfig,
+        *,
+        name: str = "olmoearth",
+        attention: Attend = "masked",
+        normalized_input: bool = False,
+        align_days: int = 15,
+    ) -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self.attention, self.normalized_input, self.align_days = attention, normalized_input, align_days
+        self.modalities = tuple(m for m in config.observed if m in config.modalities)
+        self.dim = config.output_dim or config.dim
+        self.patch_embeddings = nn.ModuleDict(
+            {
+                m: nn.ModuleList(PatchEmbedding(config, m, bands) for bands in config.groups(m))
+                for m in config.modalities
+            }
+        )
+        self.encodings = Encodings(config, config.dim)
+        hidden = int(config.dim * config.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.heads, hidden, qk_norm=config.qk_norm, drop_path=config.drop_path)
+            for _ in range(config.depth)
+        )
+        self.rotary = (
+            Rotary(config, depth=config.depth, heads=config.heads, head_dim=config.dim // config.heads)
+            if config.position.startswith("rope")
+            else None
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.registers = nn.Parameter(torch.zeros(config.registers, config.dim)) if config.registers else None
+        self.output = nn.Linear(config.dim, config.output_dim) if config.output_dim else None
+        self.projection = nn.ModuleList(nn.Linear(self.dim, self.dim) for _ in range(config.projection_layers))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for every linear layer but the patch projections, which keep the library's default (spec 2.2)."""
+        for part in (self.blocks, self.projection, self.output):
+            for layer in part.modules() if part is not None else ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        for m, sets in self.patch_embeddings.items():
+            if MODALITIES[m].kind not in ("series", "still"):
+                for layer in sets.modules():
+                    if isinstance(layer, nn.Linear):
+                        nn.init.xavier_uniform_(layer.weight)
+                        nn.init.zeros_(layer.bias)
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith("qkv.weight"):  # queries, keys and values are three layers to Xavier, one product to us
+                for part_of_qkv in weight.chunk(3):
+                    nn.init.xavier_uniform_(part_of_qkv)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+
+    def embed_patches(
+        self, inputs: Mapping[str, Float[Tensor, "b t c y x"]], patch_px: int
+    ) -> dict[str, Float[Tensor, "b h w t s d"]]:
+        """Embed the patches of normalised pixels, without encodings; frozen, this is pretraining's target."""
+        return {
+            m: torch.stack([embedding(inputs[m], patch_px) for embedding in self.patch_embeddings[m].children()], dim=4)
+            for m in self.config.modalities
+            if m in inputs
+        }
+
+    def forward(
+        self,
+        inputs: Mapping[str, Float[Tensor, "b _t _c _y _x"]],
+        timestamps: Int[Tensor, "b _T 3"],
+        *,
+        patch_px: int,
+        pixel_m: float = 10.0,
+        visible: Mapping[str, Bool[Tensor, "b _h _w _t _s"]] | None = None,
+        attention: Attend = "masked",
+    ) -> Tokens:
+        """Encode normalised pixels [B, T, C, H, W] whose dates are the first T of `timestamps`.
+
+        Timestamps hold (day 1-31, month 0-11, year). H and W are multiples of the patch. `visible` marks the tokens to
+        look at, all of them where it is None.
+        """
+        embedded = self.embed_patches(inputs, patch_px)
+        step = pixel_m * patch_px / 10
+        month = timestamps[..., 1]
+        days = days_since_2000(timestamps[..., 0], month, timestamps[..., 2])
+        parts = {m: self.encodings.add(x, m, month, step) for m, x in embedded.items()}
+        shapes = {m: x.shape for m, x in parts.items()}
+        x = torch.cat([part.flatten(1, 4) for part in parts.values()], dim=1)
+        place = self._coordinates(shapes, days, step, x.device) if self.rotary is not None else None
+        seen = None if visible is None else torch.cat([visible[m].flatten(1) for m in parts], dim=1)
+        if attention == "published_fast" or seen is None or bool(seen.all()):
+            x = self._trunk(x, place, None)
+        else:
+            x = self._pack(x, place, seen, leak=attention == "published_eval")
+        if self.output is not None:
+            x = self.output(x)
+        aggregated = None
+        if attention != "published_fast":
+            aggregated = self._aggregate(x, seen)
+        pieces = torch.split(x, [math.prod(s[1:5]) for s in shapes.values()], dim=1)
+        tokens = {m: piece.reshape(*shapes[m][:5], -1) for m, piece in zip(shapes, pieces, strict=True)}
+        if visible is None:
+            visible = {m: x.new_ones((), dtype=torch.bool).expand(s[:5]) for m, s in shapes.items()}
+        return Tokens(tokens=tokens, visible={m: visible[m] for m in shapes}, aggregated=aggregated)
+
+    def _coordinates(
+        self, shapes: Mapping[str, torch.Size], days: Float[Tensor, "b t"], step: float, device: torch.device
+    ) -> Float[Tensor, "b n 3"]:
+        """Give each token's days since 2000, row and column; maps carry the time of the first date (spec 2.4)."""
+        if bool((days == days[:1]).all()):
+            days = days[:1]
+        parts = []
+        for m, (_, rows, cols, steps, sets, _) in shapes.items():
+            kind = MODALITIES[m].kind
+            grid = torch.zeros(len(days), rows, cols, steps, sets, 3, device=device)
+            if kind != "constant":
+                grid[..., 0] = days[:, None, None, :steps, None]
+            if kind in ("series", "still"):
+                grid[..., 1] = (torch.arange(rows, device=device) * step)[:, None, None, None]
+                grid[..., 2] = (torch.arange(cols, device=device) * step)[:, None, None]
+            parts.append(grid.flatten(1, 4))
+        return torch.cat(parts, dim=1)
+
+    def _pack(
+        self, x: Float[Tensor, "b n d"], place: Tensor | None, seen: Bool[Tensor, "b n"], *, leak: bool
+    ) -> Float[Tensor, "b n d"]:
+        """Run the trunk on visible tokens alone and put the results back among zeros."""
+        count = seen.sum(1)
+        if not bool(count.any()):
+            return torch.zeros_like(x)
+        kept = torch.arange(int(count.max()), device=x.device) < count[:, None]
+        short = x.new_zeros(*kept.shape, x.shape[-1])
+        short[kept] = x[seen]
+        if place is not None:
+            where = place.new_zeros(*kept.shape, 3)
+            where[kept] = place.expand(len(x), -1, -1)[seen]
+            place = where
+        # A sample without any token would attend to nothing; let it see its padding, the result is dropped below.
+        keys = None if leak or bool(kept.all()) else kept | (count == 0)[:, None]
+        out = self._trunk(short, place, keys)
+        whole = torch.zeros_like(x)
+        whole[seen] = out[kept]
+        return whole
+
+    def _trunk(
+        self, x: Float[Tensor, "b n d"], place: Tensor | None, keys: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n d"]:
+        if self.registers is not None:
+            extra = len(self.registers)
+            x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
+            place = None if place is None else F.pad(place, (0, 0, extra, 0))
+            keys = None if keys is None else F.pad(keys, (extra, 0), value=True)
+        for i, block in enumerate(self.blocks):
+            turn = self.rotary.turn(place, i) if self.rotary is not None and place is not None else None
+            x = block(x, turn=turn, visible=keys)
+        out: Tensor = self.norm(x[:, self.config.registers :])
+        return out
+
+    def _aggregate(self, x: Float[Tensor, "b n e"], seen: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b e"]:
+        if not self.config.aggregate_first:
+            x = self._project(x)
+        if seen is None:
+            pooled = x.mean(1)
+        else:
+            pooled = torch.where(seen[..., None], x, 0.0).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+        return self._project(pooled) if self.config.aggregate_first else pooled
+
+    def _project(self, x: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
+        for i, layer in enumerate(self.projection):
+            x = layer(F.relu(x) if i else x)
+        return x
+
+    def encode(self, batch: Batch, *, patch_m: float, dense: bool = False, tokens: bool = False) -> Features:
+        """Embed a batch in declared units; patches are 1 to 8 pixels of the common grid (10 to 80 m at 10 m).
+
+        `patches` is the mean over dates and band sets of each modality, then over modalities; `summary` the mean over
+        all tokens (spec 2.7). Raises InputError for modalities or sizes that the model cannot take.
+        """
+        if dense:
+            raise InputError("OlmoEarth has no sub-patch features; ask for a smaller patch_m instead of dense=True")
+        patch_px = self._patch_px(batch, patch_m)
+        aligned = align({m: batch.observations[m] for m in self._usable(batch)}, tolerance_days=self.align_days)
+        inputs, visible = {}, {}
+        for m, o in aligned.observations.items():
+            factor = SPATIAL_FACTOR.get(m, 1)
+            pixels = o.pixels if self.normalized_input else _normalise(o.pixels, m)
+            side = patch_px * factor if MODALITIES[m].kind in ("series", "still") else 1
+            filled, any_valid = _fill(pixels, o.valid, side)
+            if self.attention != "masked":  # the published code looks at the first pixel of a patch alone
+                any_valid = o.valid[:, :, ::side, ::side]
+            inputs[m] = filled.to(self.norm.weight.dtype)
+            seen = rearrange(any_valid, "b t h w -> b h w t 1")
+            visible[m] = seen.expand(*seen.shape[:4], len(self.config.groups(m)))
+        out = self(
+            inputs,
+            aligned.timestamps,
+            patch_px=patch_px,
+            pixel_m=batch.pixel_m,
+            visible=visible,
+            attention=self.attention,
+        )
+        patches, valid = patch_mean(out)
+        return Features(
+            patches=patches if self.attention == "masked" else spatial_pool(out),
+            summary=instance_pool(out),
+            valid=valid,
+            patch_m=patch_m,
+            tokens=out.tokens if tokens else None,
+        )
+
+    def _patch_px(self, batch: Batch, patch_m: float) -> int:
+        patch_px = round(patch_m / batch.pixel_m)
+        if abs(patch_px * batch.pixel_m - patch_m) > 1e-6 or not 1 <= patch_px <= self.config.base_patch_px:
+            sizes = ", ".join(f"{n * batch.pixel_m:g}" for n in range(1, self.config.base_patch_px + 1))
+            raise InputError(f"patch_m is {patch_m:g}; for {batch.pixel_m:g} m pixels choose one of {sizes}")
+        return patch_px
+
+    def _usable(self, batch: Batch) -> list[str]:
+        for m, o in batch.observations.items():
+            if m not in self.config.modalities:
+                raise InputError(f"{self.name} does not know {m}; it takes {', '.join(self.modalities)}")
+            if m not in self.modalities:
+                raise InputError(
+                    f"{self.name} was trained to predict {m}, not to look at it; "
+                    f"leave it out and give any of {', '.join(self.modalities)}"
+                )
+            if not o.pixels.is_floating_point():
+                raise InputError(f"{m} holds {o.pixels.dtype}; wanted float32")
+        return [m for m in self.config.modalities if m in batch.observations]
+
+
+def _normalise(pixels: Float[Tensor, "b t c h w"], modality: str) -> Float[Tensor, "b t c h w"]:
+    low, high = olmoearth_range(modality)
+    scale = (1 / (high - low)).float().to(pixels.device)[:, None, None]
+    shift = (-low / (high - low)).float().to(pixels.device)[:, None, None]
+    return torch.addcmul(shift, pixels, scale)
+
+
+def _fill(
+    pixels: Float[Tensor, "b t c h w"], valid: Bool[Tensor, "b t h w"], side: int
+) -> tuple[Float[Tensor, "b t c h w"], Bool[Tensor, "b t y x"]]:
+    """Give invalid pixels the mean of their patch's valid ones (0.5, the overall mean, where it has none)."""
+    if bool(valid.all()):
+        return pixels, valid[:, :, ::side, ::side]
+    cut = "b t c (h p) (w q) -> b t c h p w q"
+    part = rearrange(torch.where(valid[:, :, None], pixels, 0.0), cut, p=side, q=side)
+    seen = rearrange(valid[:, :, None], cut, p=side, q=side)
+    count = seen.sum((4, 6), keepdim=True)
+    mean = part.sum((4, 6), keepdim=True) / count.clamp(min=1)
+    filled = torch.where(seen, part, torch.where(count > 0, mean, 0.5))
+    return rearrange(filled, "b t c h p w q -> b t c (h p) (w q)"), (count > 0)[:, :, 0, :, 0, :, 0]

@@ -1,0 +1,91 @@
+"""Where and when a token is, as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
+
+
+@lru_cache(maxsize=64)
+def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
+    """Encode positions 0, step, 2 step, ... by sines, then cosines.
+
+    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d): OlmoEarth's weights were trained so (spec 2.3).
+    """
+    half = dim // 2
+    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (2 * dim))
+    angle = torch.arange(num, dtype=torch.float64)[:, None] * step * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+@lru_cache(maxsize=64)
+def sincos2d(rows: int, cols: int, dim: int, step: float = 1.0) -> Float[Tensor, "rows cols d"]:
+    """Encode the cells of a grid: the first half of the width is the column, the second the row (spec 2.3)."""
+    col = sincos1d(cols, dim // 2, step)[None, :, :].expand(rows, -1, -1)
+    row = sincos1d(rows, dim // 2, step)[:, None, :].expand(-1, cols, -1)
+    return torch.cat([col, row], dim=-1)
+
+
+def month_table(dim: int) -> Float[Tensor, "12 d"]:
+    """Encode the twelve months on a circle, each half of the width one coordinate (spec 2.3)."""
+    angle = 2 * math.pi * torch.arange(12, dtype=torch.float64) / 12
+    half = dim // 2
+    return torch.cat([angle.sin()[:, None].expand(-1, half), angle.cos()[:, None].expand(-1, half)], dim=1).float()
+
+
+def days_since_2000(day: Int[Tensor, "*b"], month: Int[Tensor, "*b"], year: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Count days as OlmoEarth v1.2 does: years of 365.25 days, `month` from 0, no leap day (spec 2.4)."""
+    before = torch.tensor(DAYS_BEFORE_MONTH, device=month.device)[month]
+    return (year - 2000).float() * 365.25 + before.float() + (day - 1).float()
+
+
+# A rotation takes coordinates [..., 3] (time, row, column) and gives one angle per head and pair of channels,
+# [..., heads or 1, head_dim / 2]; pairs are neighbours.
+Rotation = Callable[[Float[Tensor, "*b 3"]], Float[Tensor, "*b heads pairs"]]
+
+
+def axial_frequencies(
+    head_dim: int, *, base: float, time_fraction: float = 0.0, time_base: float | None = None
+) -> Float[Tensor, "3 1 pairs"]:
+    """Frequencies of an axial rotation: a share of the pairs turns with time, the rest with rows, then columns."""
+    time_dim = 2 * round(head_dim * time_fraction / 2)
+    row_dim = (head_dim - time_dim) // 2
+    parts = ((time_dim, time_base or base), (row_dim, base), (head_dim - time_dim - row_dim, base))
+    table = torch.zeros(3, 1, head_dim // 2)
+    start = 0
+    for axis, (dim, axis_base) in enumerate(parts):
+        pairs = dim // 2
+        table[axis, 0, start : start + pairs] = axis_base ** (-2.0 * torch.arange(pairs) / max(dim, 1))
+        start += pairs
+    return table
+
+
+def mixed_frequencies(
+    axes: int, heads: int, head_dim: int, *, base: float, generator: torch.Generator | None = None
+) -> Float[Tensor, "axes heads pairs"]:
+    """Draw the initial value of learnable frequencies: two random orthogonal directions per head (spec 2.4)."""
+    quarter = head_dim // 4
+    size = base ** (-4.0 * torch.arange(quarter) / head_dim)
+    if axes == 2:
+        phi = torch.rand(heads, generator=generator) * 2 * math.pi
+        first = torch.stack([phi.cos(), phi.sin()])
+        second = torch.stack([-phi.sin(), phi.cos()])
+    else:
+        first = torch.nn.functional.normalize(torch.randn(heads, axes, generator=generator), dim=-1)
+        other = torch.randn(heads, axes, generator=generator)
+        other = other - (other * first).sum(-1, keepdim=True) * first
+        first, second = first.T, torch.nn.functional.normalize(other, dim=-1).T
+    return torch.cat([first[:, :, None] * size, second[:, :, None] * size], dim=-1)
+
+
+def rotate(x: Float[Tensor, "*b d"], turn: Tensor) -> Float[Tensor, "*b d"]:
+    """Turn neighbouring pairs of channels by unit complex numbers `turn` [..., d / 2], broadcast over the rest."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)

@@ -1,0 +1,240 @@
+"""Models by name: where their weights come from, what may be done with them, how they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from panterra.errors import InputError
+from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state
+from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
+
+OLMOEARTH_LICENCE = "OlmoEarth Artifact License"
+OLMOEARTH_TERMS = (
+    "Weights by Ai2 under the OlmoEarth Artifact License: attribution is required; military, surveillance and "
+    "extractive-industry uses are among those not allowed, and derivatives must pass the restrictions on."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What a person should know before choosing a released model."""
+
+    name: str
+    family: str
+    size: str
+    dim: int
+    parameters: int
+    """Of the encoder."""
+    address: str
+    """Hugging Face id."""
+    licence: str
+    terms: str
+
+
+_PARAMETERS = {
+    "v1": {"nano": 1_361_024, "tiny": 6_202_560, "base": 88_953_600, "large": 307_770_368},
+    "v1.1": {"nano": 1_697_328, "tiny": 12_461_296, "base": 113_973_952},
+    "v1.2": {"nano": 1_698_096, "tiny": 12_464_752, "small": 35_615_200, "base": 113_987_776},
+}
+
+MODELS: dict[str, ModelCard] = {
+    f"olmoearth-{version}-{size}": ModelCard(
+        name=f"olmoearth-{version}-{size}",
+        family=f"olmoearth-{version}",
+        size=size,
+        dim=int(SIZES[size]["dim"]),
+        parameters=parameters,
+        address=f"allenai/OlmoEarth-{version.replace('.', '_')}-{size.capitalize()}",
+        licence=OLMOEARTH_LICENCE,
+        terms=OLMOEARTH_TERMS,
+    )
+    for version, sizes in _PARAMETERS.items()
+    for size, parameters in sizes.items()
+}
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    normalized_input: bool = False,
+    attention: Attend = "masked",
+    random: int | None = None,
+) -> OlmoEarth:
+    """Load an encoder, ready for inference.
+
+    `name_or_path` is a released name (`panterra models` lists them), a Hugging Face id, a folder with the published
+    files (`config.json` and `weights.pth`) or one that `save_model` wrote. `random` gives a released architecture
+    random weights from that seed and downloads nothing. `dtype=torch.bfloat16` halves memory and time where the
+    processor has it. `normalized_input` skips the normalisation, for inputs that already had it. `attention` picks a
+    published behaviour for parity (see `panterra.models.olmoearth.Attend`). Raises InputError.
+    """
+    name = str(name_or_path)
+    if random is not None:
+        model = _random(name, random)
+    elif Path(name).is_dir():
+        model = _from_folder(Path(name))
+    else:
+        model = _from_hub(name)
+    model.attention, model.normalized_input = attention, normalized_input
+    model.to(device=device, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: OlmoEarth, folder: Path | str) -> Path:
+    """Write a model as `config.json` and `model.safetensors`, whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format": "panterra-olmoearth-1", "name": model.name, "config": _plain(asdict(model.config))}
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    _write(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
+    return folder
+
+
+def passport(model: OlmoEarth) -> dict[str, Any]:
+    """Say which model this is: name, family, width, checksum of its weights, licence and source."""
+    card = MODELS.get(model.name)
+    return {
+        "name": model.name,
+        "family": "olmoearth",
+        "dim": model.dim,
+        "weights_sha256": weights_checksum(model),
+        "licence": card.licence if card else None,
+        "source": f"https://huggingface.co/{card.address}" if card else None,
+    }
+
+
+def weights_checksum(model: torch.nn.Module) -> str:
+    """Hash every parameter's name and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _random(name: str, seed: int) -> OlmoEarth:
+    card = MODELS.get(name)
+    if card is None:
+        raise InputError(f"random weights need a released name, not {name!r}; known: {', '.join(MODELS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        version = card.family.removeprefix("olmoearth-")
+        return OlmoEarth(released_config(version, card.size), name=f"{name} (random weights, seed {seed})")
+
+
+def _from_hub(name: str) -> OlmoEarth:
+    by_address = {card.address.lower(): card for card in MODELS.values()}
+    card = MODELS.get(name.lower()) or by_address.get(name.lower())
+    if card is None:
+        known = ", ".join(MODELS)
+        raise InputError(f"no model or folder {name!r}; give a folder with config.json, or one of {known}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(card.address, allow_patterns=["config.json", "weights.pth"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(
+            f"the weights of {card.name} could not be fetched from huggingface.co/{card.address} ({reason}); "
+            f"connect, or download that repository and give its folder"
+        ) from None
+    return _from_folder(Path(folder), name=card.name)
+
+
+def _from_folder(folder: Path, *, name: str | None = None) -> OlmoEarth:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise InputError(f"{folder} has no config.json; wanted a folder with config.json and weights")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{config_path} is not JSON ({error}); fetch it again") from None
+    if str(config.get("format", "")).startswith("panterra-"):
+        return _from_ours(folder, config)
+    model = _build(olmoearth_config(config), name or folder.name)
+    state = olmoearth_encoder_state(_unpickle(folder / "weights.pth"))
+    check_fit(model.state_dict(), state, source=str(folder / "weights.pth"))
+    model.load_state_dict(state)
+    return model
+
+
+def _from_ours(folder: Path, config: Mapping[str, Any]) -> OlmoEarth:
+    if config["format"] != "panterra-olmoearth-1":
+        raise InputError(f"{folder} holds {config['format']!r}, which this version cannot read; update panterra")
+    try:
+        parsed = OlmoEarthConfig(**_tuples(config["config"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} is incomplete ({error}); save the model again") from None
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({str(error)[:200]}); copy or save it again") from None
+    model = _build(parsed, str(config.get("name", folder.name)))
+    check_fit(model.state_dict(), state, source=str(path))
+    model.load_state_dict(state)
+    return model
+
+
+def _build(config: OlmoEarthConfig, name: str) -> OlmoEarth:
+    with torch.random.fork_rng(devices=[]):
+        return OlmoEarth(config, name=name)
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Open a pickled state dict without running anything that is in it."""
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}; fetch the whole repository")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds more than tensors, so it was not opened; get the file from its publisher"
+        ) from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise InputError(f"{path} is damaged or cut short ({reason}); fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} is not a dictionary of tensors; wanted a state dict")
+    return state
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _write(path: Path, writer: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        writer(Path(temporary))
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
