@@ -1,4 +1,4 @@
-"""The transformer block."""
+"""The transformer block, once as mathematics and once in place for inference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from panterra.models.positions import rotate
+from panterra.models.positions import rotate, rotate_
+
+ROWS = 1024
+"""Tokens whose intermediate values stay in the cache together during inference."""
 
 
 class Attention(nn.Module):
@@ -37,6 +40,29 @@ class Attention(nn.Module):
         out: Tensor = self.proj(attend(qk[:, :, 0], qk[:, :, 1], v, visible=visible).flatten(2))
         return out
 
+    def update(
+        self,
+        x: Float[Tensor, "b n d"],
+        norm: nn.LayerNorm,
+        qkv: Float[Tensor, "b n e"],
+        *,
+        turn: Tensor | None = None,
+        visible: Bool[Tensor, "b m"] | None = None,
+    ) -> None:
+        """Add attention over `norm(x)` to `x` in place; `qkv` is working memory."""
+        weight, bias = self.qkv.weight.mT, self.qkv.bias
+        for part, out in zip(x.flatten(0, 1).split(ROWS), qkv.flatten(0, 1).split(ROWS), strict=True):
+            torch.addmm(bias, norm(part), weight, out=out)
+        parts = qkv.unflatten(-1, (3, self.heads, -1))
+        qk, v = parts[:, :, :2], parts[:, :, 2]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk[:, :, 0], qk[:, :, 1] = self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])
+        if turn is not None:
+            qk = rotate_(qk, turn)
+        mixed = attend(qk[:, :, 0], qk[:, :, 1], v, visible=visible).flatten(2).flatten(0, 1)
+        for part, seen in zip(x.flatten(0, 1).split(ROWS), mixed.split(ROWS), strict=True):
+            part.add_(self.proj.bias).addmm_(seen, self.proj.weight.mT)
+
 
 def attend(
     q: Float[Tensor, "b n h d"],
@@ -63,6 +89,13 @@ class MLP(nn.Module):
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
+    def update(self, x: Float[Tensor, "b n d"], norm: nn.LayerNorm) -> None:
+        """Add the MLP of `norm(x)` to `x` in place."""
+        for part in x.flatten(0, 1).split(ROWS):
+            hidden = torch.addmm(self.fc1.bias, norm(part), self.fc1.weight.mT)
+            torch.ops.aten.gelu_(hidden)
+            part.add_(self.fc2.bias).addmm_(hidden, self.fc2.weight.mT)
+
 
 class Block(nn.Module):
     """A pre-norm transformer block: x + attention, then x + MLP, each dropped per sample at `drop_path` in training."""
@@ -84,6 +117,18 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         x = x + self._drop(self.attn(self.norm1(x), turn=turn, visible=visible))
         return x + self._drop(self.mlp(self.norm2(x)))
+
+    def update(
+        self,
+        x: Float[Tensor, "b n d"],
+        qkv: Float[Tensor, "b n e"],
+        *,
+        turn: Tensor | None = None,
+        visible: Bool[Tensor, "b n"] | None = None,
+    ) -> None:
+        """Do what `forward` does outside training, to a contiguous `x` in place: half the time for small models."""
+        self.attn.update(x, self.norm1, qkv, turn=turn, visible=visible)
+        self.mlp.update(x, self.norm2)
 
     def _drop(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

@@ -28,6 +28,7 @@ from panterra.models.positions import (
     month_table,
     sincos1d,
     sincos2d,
+    token_coordinates,
 )
 from panterra.models.slots import align
 from panterra.sample import Batch
@@ -159,6 +160,17 @@ class PatchEmbedding(nn.Module):
         return tokens
 
 
+def embed_patches(
+    embeddings: nn.ModuleDict, inputs: Mapping[str, Float[Tensor, "b t c y x"]], patch_px: int
+) -> dict[str, Float[Tensor, "b h w t s d"]]:
+    """Embed the patches of normalised pixels by each modality's embeddings, one per band set, in their order."""
+    return {
+        m: torch.stack([embedding(inputs[m], patch_px) for embedding in sets.children()], dim=4)
+        for m, sets in embeddings.items()
+        if m in inputs
+    }
+
+
 class Encodings(nn.Module):
     """The additive part of a token's identity: channel, slot, month, place, a quarter of the width each (spec 2.3)."""
 
@@ -282,12 +294,8 @@ class OlmoEarth(nn.Module):
     def embed_patches(
         self, inputs: Mapping[str, Float[Tensor, "b t c y x"]], patch_px: int
     ) -> dict[str, Float[Tensor, "b h w t s d"]]:
-        """Embed the patches of normalised pixels, without encodings; frozen, this is pretraining's target."""
-        return {
-            m: torch.stack([embedding(inputs[m], patch_px) for embedding in self.patch_embeddings[m].children()], dim=4)
-            for m in self.config.modalities
-            if m in inputs
-        }
+        """Embed the patches of normalised pixels, without encodings."""
+        return embed_patches(self.patch_embeddings, inputs, patch_px)
 
     def forward(
         self,
@@ -311,7 +319,7 @@ class OlmoEarth(nn.Module):
         parts = {m: self.encodings.add(x, m, month, step) for m, x in embedded.items()}
         shapes = {m: x.shape for m, x in parts.items()}
         x = torch.cat([part.flatten(1, 4) for part in parts.values()], dim=1)
-        place = self._coordinates(shapes, days, step, x.device) if self.rotary is not None else None
+        place = token_coordinates(shapes, days, step) if self.rotary is not None else None
         seen = None if visible is None else torch.cat([visible[m].flatten(1) for m in parts], dim=1)
         if attention == "published_fast" or seen is None or bool(seen.all()):
             x = self._trunk(x, place, None)
@@ -327,24 +335,6 @@ class OlmoEarth(nn.Module):
         if visible is None:
             visible = {m: x.new_ones((), dtype=torch.bool).expand(s[:5]) for m, s in shapes.items()}
         return Tokens(tokens=tokens, visible={m: visible[m] for m in shapes}, aggregated=aggregated)
-
-    def _coordinates(
-        self, shapes: Mapping[str, torch.Size], days: Float[Tensor, "b t"], step: float, device: torch.device
-    ) -> Float[Tensor, "b n 3"]:
-        """Give each token's days since 2000, row and column; maps carry the time of the first date (spec 2.4)."""
-        if bool((days == days[:1]).all()):
-            days = days[:1]
-        parts = []
-        for m, (_, rows, cols, steps, sets, _) in shapes.items():
-            kind = MODALITIES[m].kind
-            grid = torch.zeros(len(days), rows, cols, steps, sets, 3, device=device)
-            if kind != "constant":
-                grid[..., 0] = days[:, None, None, :steps, None]
-            if kind in ("series", "still"):
-                grid[..., 1] = (torch.arange(rows, device=device) * step)[:, None, None, None]
-                grid[..., 2] = (torch.arange(cols, device=device) * step)[:, None, None]
-            parts.append(grid.flatten(1, 4))
-        return torch.cat(parts, dim=1)
 
     def _pack(
         self, x: Float[Tensor, "b n d"], place: Tensor | None, seen: Bool[Tensor, "b n"], *, leak: bool
@@ -375,9 +365,14 @@ class OlmoEarth(nn.Module):
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
             place = None if place is None else F.pad(place, (0, 0, extra, 0))
             keys = None if keys is None else F.pad(keys, (extra, 0), value=True)
+        in_place = not (torch.is_grad_enabled() or self.training)
+        qkv = x.new_empty(*x.shape[:2], 3 * x.shape[-1]) if in_place else None
         for i, block in enumerate(self.blocks):
             turn = self.rotary.turn(place, i) if self.rotary is not None and place is not None else None
-            x = block(x, turn=turn, visible=keys)
+            if qkv is None:
+                x = block(x, turn=turn, visible=keys)
+            else:
+                block.update(x, qkv, turn=turn, visible=keys)
         out: Tensor = self.norm(x[:, self.config.registers :])
         return out
 
@@ -404,7 +399,9 @@ class OlmoEarth(nn.Module):
         if dense:
             raise InputError("OlmoEarth has no sub-patch features; ask for a smaller patch_m instead of dense=True")
         patch_px = self._patch_px(batch, patch_m)
-        aligned = align({m: batch.observations[m] for m in self._usable(batch)}, tolerance_days=self.align_days)
+        aligned = align(
+            {m: batch.observations[m] for m in self._usable(batch, patch_px)}, tolerance_days=self.align_days
+        )
         inputs, visible = {}, {}
         for m, o in aligned.observations.items():
             factor = SPATIAL_FACTOR.get(m, 1)
@@ -440,7 +437,7 @@ class OlmoEarth(nn.Module):
             raise InputError(f"patch_m is {patch_m:g}; for {batch.pixel_m:g} m pixels choose one of {sizes}")
         return patch_px
 
-    def _usable(self, batch: Batch) -> list[str]:
+    def _usable(self, batch: Batch, patch_px: int) -> list[str]:
         for m, o in batch.observations.items():
             if m not in self.config.modalities:
                 raise InputError(f"{self.name} does not know {m}; it takes {', '.join(self.modalities)}")
@@ -449,8 +446,12 @@ class OlmoEarth(nn.Module):
                     f"{self.name} was trained to predict {m}, not to look at it; "
                     f"leave it out and give any of {', '.join(self.modalities)}"
                 )
-            if not o.pixels.is_floating_point():
-                raise InputError(f"{m} holds {o.pixels.dtype}; wanted float32")
+            side = patch_px * SPATIAL_FACTOR.get(m, 1)
+            height, width = o.pixels.shape[-2:]
+            if MODALITIES[m].kind in ("series", "still") and (height % side or width % side):
+                raise InputError(
+                    f"{m} of {height} x {width} pixels is not a whole number of {side}-pixel patches; crop or pad it"
+                )
         return [m for m in self.config.modalities if m in batch.observations]
 
 

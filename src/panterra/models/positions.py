@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from panterra.modalities import MODALITIES
 
 DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 
@@ -44,6 +46,29 @@ def days_since_2000(day: Int[Tensor, "*b"], month: Int[Tensor, "*b"], year: Int[
     """Count days as OlmoEarth v1.2 does: years of 365.25 days, `month` from 0, no leap day (spec 2.4)."""
     before = torch.tensor(DAYS_BEFORE_MONTH, device=month.device)[month]
     return (year - 2000).float() * 365.25 + before.float() + (day - 1).float()
+
+
+def token_coordinates(
+    shapes: Mapping[str, torch.Size], days: Float[Tensor, "b t"], step: float
+) -> Float[Tensor, "b n 3"]:
+    """Give days since 2000, row and column of every token, for modalities shaped (b, h, w, t, s, ...) in this order.
+
+    `step` is the distance of patches in units of 10 m. A map carries the time of the first date (spec 2.4). The batch
+    axis is 1 where all samples share their dates.
+    """
+    if bool((days == days[:1]).all()):
+        days = days[:1]
+    parts = []
+    for m, (_, rows, cols, steps, sets, *_) in shapes.items():
+        kind = MODALITIES[m].kind
+        grid = torch.zeros(len(days), rows, cols, steps, sets, 3, device=days.device)
+        if kind != "constant":
+            grid[..., 0] = days[:, None, None, :steps, None]
+        if kind in ("series", "still"):
+            grid[..., 1] = (torch.arange(rows, device=days.device) * step)[:, None, None, None]
+            grid[..., 2] = (torch.arange(cols, device=days.device) * step)[:, None, None]
+        parts.append(grid.flatten(1, 4))
+    return torch.cat(parts, dim=1)
 
 
 # A rotation takes coordinates [..., 3] (time, row, column) and gives one angle per head and pair of channels,
@@ -89,3 +114,11 @@ def rotate(x: Float[Tensor, "*b d"], turn: Tensor) -> Float[Tensor, "*b d"]:
     """Turn neighbouring pairs of channels by unit complex numbers `turn` [..., d / 2], broadcast over the rest."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Float[Tensor, "*b d"], turn: Tensor) -> Float[Tensor, "*b d"]:
+    """Rotate in place where the precision allows it."""
+    if x.dtype != torch.float32:
+        return x.copy_(rotate(x, turn))
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
+    return x
