@@ -1,1 +1,1 @@
-"""Imagery: scenes, rasters, labels."""
+"""Imagery: files on a grid (`raster`), scenes (`stac`), people's own rasters (`files`), checks (`doctor`), `labels`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.olmoearth import OBSERVED, BandSets, OlmoEarthConfig, Position
+from panterra.models.olmoearth import OBSERVED, SPATIAL_FACTOR, BandSets, OlmoEarthConfig, Position
 
 Json = Mapping[str, Any]
 
@@ -24,40 +25,63 @@ def olmoearth_config(experiment: Json) -> OlmoEarthConfig:
     encoder = model.get("encoder_config") if isinstance(model, Mapping) else None
     if not isinstance(encoder, Mapping):
         raise InputError('config.json has no "model" with an "encoder_config"; is it an OlmoEarth checkpoint?')
-    position = encoder.get("spatial_pos_encoding") or encoder.get("position_encoding", "absolute")
-    if position not in POSITIONS:
-        raise InputError(f"config.json asks for position encoding {position!r}; known: {', '.join(POSITIONS)}")
-    names = tuple(encoder.get("supported_modality_names", ()))
-    unknown = [name for name in names if name not in MODALITIES]
-    if unknown or not names:
-        raise InputError(f"config.json lists modalities {names}; known: {', '.join(sorted(MODALITIES))}")
     linear = bool(encoder.get("use_linear_patch_embed", False))
-    dim = int(encoder.get("embedding_size", 16))
-    return OlmoEarthConfig(
-        dim=dim,
-        depth=int(encoder.get("depth", 2)),
-        heads=int(encoder.get("num_heads", 2)),
-        mlp_ratio=float(encoder.get("mlp_ratio", 1.0)),
-        modalities=names,
-        observed=tuple(name for name in OBSERVED if name in names),
-        band_sets=_band_sets(encoder.get("tokenization_config")),
+    return replace(
+        _trunk_config(encoder),
+        dim=int(encoder.get("embedding_size", 16)),
         base_patch_px=int(encoder.get("max_patch_size", 8)),
         convolution=not linear,
         pixel_hidden=tuple(encoder.get("patch_embed_hidden_sizes") or ()) if linear else (),
         post_hidden=tuple(encoder.get("post_proj_hidden_sizes") or ()) if linear else (),
-        position=_position(position),
-        rope_base=float(encoder.get("rope_base", 10000.0)),
-        rope_scale=float(encoder.get("rope_coordinate_scale", 1.0)),
-        rope_mixed_base=float(encoder.get("rope_mixed_base", 10.0)),
-        rope_time_fraction=float(encoder.get("temporal_rope_dim_frac", 0.25)),
-        rope_time_base=encoder.get("rope_temporal_base"),
-        rope_time_scale=float(encoder.get("rope_temporal_coordinate_scale", 1.0)),
         registers=int(encoder.get("num_register_tokens", 0)),
-        qk_norm=bool(encoder.get("qk_norm", False)),
         drop_path=float(encoder.get("drop_path", 0.1)),
         projection_layers=int(encoder.get("num_projection_layers", 1)),
         aggregate_first=bool(encoder.get("aggregate_then_project", True)),
         output_dim=encoder.get("output_embedding_size"),
+    )
+
+
+def olmoearth_predictor_config(experiment: Json) -> tuple[OlmoEarthConfig, int]:
+    """Read the predictor's configuration, and the width of the tokens it takes, out of a published `config.json`."""
+    model = experiment.get("model")
+    decoder = model.get("decoder_config") if isinstance(model, Mapping) else None
+    if not isinstance(decoder, Mapping):
+        raise InputError('config.json has no "model" with a "decoder_config"; only pretraining checkpoints have one')
+    encoder_dim = int(decoder.get("encoder_embedding_size", 16))
+    config = replace(
+        _trunk_config(decoder),
+        dim=int(decoder.get("decoder_embedding_size", 16)),
+        drop_path=float(decoder.get("drop_path", 0.0)),
+        output_dim=int(decoder.get("output_embedding_size") or encoder_dim),
+    )
+    return config, encoder_dim
+
+
+def _trunk_config(part: Json) -> OlmoEarthConfig:
+    """Read what encoder and predictor have in common."""
+    position = part.get("spatial_pos_encoding") or part.get("position_encoding", "absolute")
+    if position not in POSITIONS:
+        raise InputError(f"config.json asks for position encoding {position!r}; known: {', '.join(POSITIONS)}")
+    names = tuple(part.get("supported_modality_names", ()))
+    unknown = [name for name in names if name not in MODALITIES]
+    if unknown or not names:
+        raise InputError(f"config.json lists modalities {names}; known: {', '.join(sorted(MODALITIES))}")
+    return OlmoEarthConfig(
+        dim=0,
+        depth=int(part.get("depth", 2)),
+        heads=int(part.get("num_heads", 2)),
+        mlp_ratio=float(part.get("mlp_ratio", 1.0)),
+        modalities=names,
+        observed=tuple(name for name in OBSERVED if name in names),
+        band_sets=_band_sets(part.get("tokenization_config")),
+        position=_position(position),
+        rope_base=float(part.get("rope_base", 10000.0)),
+        rope_scale=float(part.get("rope_coordinate_scale", 1.0)),
+        rope_mixed_base=float(part.get("rope_mixed_base", 10.0)),
+        rope_time_fraction=float(part.get("temporal_rope_dim_frac", 0.25)),
+        rope_time_base=part.get("rope_temporal_base"),
+        rope_time_scale=float(part.get("rope_temporal_coordinate_scale", 1.0)),
+        qk_norm=bool(part.get("qk_norm", False)),
     )
 
 
@@ -88,48 +112,122 @@ _RENAME = tuple(
         (r"^patch_embeddings\.per_modality_embeddings\.(\w+)\.\w+?__(\d+)\.(?:proj\.)?", "proj"),
     )
 )
-_PLAIN = {
+_ENCODINGS = {
     "composite_encodings.per_modality_channel_embeddings.": "encodings.channel.",
     "composite_encodings.month_embed.weight": "encodings.month",
+}
+_ENCODER = {
+    **_ENCODINGS,
     "project_and_aggregate.projection.": "projection.",
     "embedding_projector.projection.0.": "output.",
     "register_tokens": "registers",
 }
+_PREDICTOR = {**_ENCODINGS, "encoder_to_decoder_embed.": "input.", "to_output_embed.": "output."}
 _OLD = re.compile(r"^(encoder|decoder|target_encoder)\.composite_encodings\.pos_embed$")
 
 
 def olmoearth_encoder_state(published: Mapping[str, Tensor], *, prefix: str = "encoder.") -> dict[str, Tensor]:
-    """Rename the encoder's entries of a published state dict to ours; spec 2.8 lists them."""
+    """Rename the encoder's entries of a published state dict to ours; spec 2.8 lists them.
+
+    The prefix "target_encoder." gives pretraining's frozen copy.
+    """
+    return _from_published(published, prefix, _ENCODER, ("qkv",))
+
+
+def olmoearth_predictor_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the predictor's entries of a published state dict to ours."""
+    return _from_published(published, "decoder.", _PREDICTOR, ("q", "kv"))
+
+
+def _from_published(
+    published: Mapping[str, Tensor], prefix: str, names: Mapping[str, str], joined: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Rename by the tables; `joined` says which of a block's published q, k and v are one layer of ours."""
     state: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     frequencies: dict[int, Tensor] = {}
     for key, value in published.items():
         if not key.startswith(prefix) or _OLD.match(key):
             continue
-        name = _rename(key.removeprefix(prefix))
-        if joined := re.match(r"^(blocks\.\d+\.attn)\.([qkv])\.(weight|bias)$", name):
-            parts.setdefault(f"{joined[1]}.qkv.{joined[3]}", {})[joined[2]] = value
+        name = _rename(key.removeprefix(prefix), names)
+        if found := re.match(r"^(blocks\.\d+\.attn)\.([qkv])\.(weight|bias)$", name):
+            parts.setdefault((found[1], found[3]), {})[found[2]] = value
         elif rotary := re.match(r"^blocks\.(\d+)\.attn\.rope_mixed_freqs$", name):
             frequencies[int(rotary[1])] = value
         else:
             state[name] = value.flatten(1) if value.ndim == 4 and name.endswith(".proj.weight") else value
-    for name, qkv in parts.items():
+    for (home, kind), qkv in parts.items():
         if missing := {"q", "k", "v"} - set(qkv):
-            raise InputError(f"the checkpoint lacks {', '.join(sorted(missing))} for {name}; it is incomplete")
-        state[name] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
+            raise InputError(f"the checkpoint lacks {', '.join(sorted(missing))} of {home}; it is incomplete")
+        state |= {f"{home}.{name}.{kind}": torch.cat([qkv[letter] for letter in name]) for name in joined}
     if frequencies:
         state["rotary.frequencies"] = torch.stack([frequencies[i] for i in sorted(frequencies)])
     return state
 
 
-def _rename(name: str) -> str:
+def published_encoder_state(
+    state: Mapping[str, Tensor], config: OlmoEarthConfig, *, prefix: str = "encoder."
+) -> dict[str, Tensor]:
+    """Rename our encoder's entries, or their gradients, to the published names; undoes `olmoearth_encoder_state`."""
+    return _to_published(state, config, prefix, _ENCODER, ("qkv",))
+
+
+def published_predictor_state(state: Mapping[str, Tensor], config: OlmoEarthConfig) -> dict[str, Tensor]:
+    """Rename our predictor's entries, or their gradients, to the published names."""
+    return _to_published(state, config, "decoder.", _PREDICTOR, ("q", "kv"))
+
+
+def _to_published(
+    state: Mapping[str, Tensor],
+    config: OlmoEarthConfig,
+    prefix: str,
+    names: Mapping[str, str],
+    joined: tuple[str, ...],
+) -> dict[str, Tensor]:
+    published: dict[str, Tensor] = {}
+    for name, value in state.items():
+        head, _, rest = name.partition(".")
+        found = re.match(r"^(blocks\.\d+\.attn)\.(\w+)\.(weight|bias)$", name)
+        if found and found[2] in joined:
+            for letter, piece in zip(found[2], value.chunk(len(found[2])), strict=True):
+                published[f"{prefix}{found[1]}.{letter}.{found[3]}"] = piece
+            continue
+        if name == "rotary.frequencies":
+            published |= {f"{prefix}blocks.{i}.attn.rope_mixed_freqs": layer for i, layer in enumerate(value)}
+        elif head == "patch_embeddings":
+            published |= {prefix + key: part for key, part in _published_embedding(rest, value, config)}
+        elif head == "projection":
+            index, _, kind = rest.partition(".")
+            published[f"{prefix}project_and_aggregate.projection.{2 * int(index)}.{kind}"] = value
+        else:
+            old, new = next((pair for pair in names.items() if name.startswith(pair[1])), ("", ""))
+            published[prefix + old + name.removeprefix(new)] = value
+    return published
+
+
+def _published_embedding(name: str, value: Tensor, config: OlmoEarthConfig) -> Iterable[tuple[str, Tensor]]:
+    modality, index, layer, *rest = name.split(".")
+    home = f"patch_embeddings.per_modality_embeddings.{modality}.{modality}__{index}"
+    if layer in ("pixel", "post"):
+        number = 2 * int(rest[0]) + (layer == "post")
+        yield f"{home}.{layer}_proj.{number}.{rest[1]}", value
+    elif MODALITIES[modality].kind not in ("series", "still"):
+        yield f"{home}.{rest[0]}", value
+    else:
+        if config.convolution and value.ndim == 2:
+            side = config.base_patch_px * SPATIAL_FACTOR.get(modality, 1)
+            value = value.unflatten(1, (-1, side, side))
+        yield f"{home}.proj.{rest[0]}", value
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
     for pattern, part in _RENAME:
         if found := pattern.match(name):
             rest = name[found.end() :]
             home = f"patch_embeddings.{found[1]}.{found[2]}"
             # The published stacks alternate layers and activations, ours hold the layers.
             return f"{home}.proj.{rest}" if part == "proj" else f"{home}.{part}.{int(found[3]) // 2}.{rest}"
-    for old, new in _PLAIN.items():
+    for old, new in names.items():
         if name.startswith(old):
             name = new + name.removeprefix(old)
             break

@@ -115,6 +115,8 @@ def passport(model: OlmoEarth) -> dict[str, Any]:
         "family": "olmoearth",
         "dim": model.dim,
         "weights_sha256": weights_checksum(model),
+        "attention": model.attention,
+        "normalized_input": model.normalized_input,
         "licence": card.licence if card else None,
         "source": f"https://huggingface.co/{card.address}" if card else None,
     }
@@ -125,7 +127,7 @@ def weights_checksum(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,929 @@
+"""A scene: what was seen, where and when."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import json
+import math
+import os
+import re
+import urllib.error
+import urllib.request
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from urllib.parse import urljoin
+
+import numpy as np
+import pystac
+import torch
+from affine import Affine
+from odc.geo import CRS
+from odc.geo.geobox import GeoBox
+from rasterio.errors import RasterioError
+from rasterio.warp import transform, transform_bounds
+
+from panterra.errors import InputError
+from panterra.imagery.raster import Bools, Floats, crs_for_rasterio, grid_of, read_onto
+from panterra.modalities import MODALITIES, Modality
+from panterra.sample import Batch, Observation, to_days
+
+SCENE_FILE = "scene.json"
+
+READERS = 32
+"""Threads that read files, shared by all scenes: GDAL lets go of Python's lock while it waits and decodes."""
+
+AHEAD = 4
+"""Items that `Scene.read` has in hand while it waits for one."""
+
+T = TypeVar("T")
+
+MODALITY = "panterra:modality"
+"""The property by which an item says which row of `MODALITIES` it is."""
+
+SUBSTITUTES = {
+    "sentinel2_l2a": {"B01": "B02", "B09": "B8A", "B8A": "B08", "B08": "B8A"},
+    "sentinel2": {"B01": "B02", "B09": "B8A", "B8A": "B08", "B08": "B8A", "B10": "B11"},
+}
+"""The band that stands in for an absent one: the nearest in wavelength, as the models' published evaluations do."""
+
+MASKS: Mapping[str, Callable[[Floats], Bools]] = {
+    # Sentinel-2 scene classes: no data, saturated, cloud shadow, medium and high cloud probability, thin cirrus.
+    "scl": lambda v: ~np.isin(v, (0, 1, 3, 8, 9, 10)),
+    # Landsat Collection 2 QA_PIXEL, bits 0-4: fill, dilated cloud, cirrus, cloud, cloud shadow.
+    "qa_pixel": lambda v: (v.astype(np.int64) & 0b11111) == 0,
+    # DEA's Fmask codes: no data, cloud, cloud shadow.
+    "fmask": lambda v: ~np.isin(v, (0, 2, 3)),
+    # PALSAR mosaic: no data, layover, shadowing.
+    "palsar": lambda v: ~np.isin(v, (0, 100, 150)),
+    # GDAL's convention for masks, also that of our own scenes.
+    "valid": lambda v: v != 0,
+}
+"""Which codes of a mask are data."""
+
+OWN_MASKS = {"scl": "scl", "qa": "qa_pixel", "qa_pixel": "qa_pixel", "valid": "valid", "mask": "valid"}
+"""The key of a mask asset in a scene of ours -> how its codes read."""
+
+CONVERSIONS: Mapping[tuple[str, str], Callable[[Floats], Floats]] = {
+    ("reflectance", "reflectance_1e4"): lambda v: v * np.float32(1e4),
+    ("linear", "db"): lambda v: 10 * np.log10(np.maximum(v, np.float32(1e-10))),
+    ("amplitude", "db"): lambda v: 20 * np.log10(np.maximum(v, np.float32(1e-5))),
+    ("fraction", "percent"): lambda v: v * np.float32(100),
+    ("percent", "fraction"): lambda v: v / np.float32(100),
+}
+"""Exact ways from the unit of a file to the declared unit; `linear` is power, `amplitude` its square root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneBand:
+    """One band of a file: `raw * scale + offset` is in `unit`."""
+
+    name: str
+    """As in `MODALITIES`."""
+    index: int = 1
+    nodata: float | None = None
+    """In the file's raw values; the file's own nodata value counts as well."""
+    scale: float | None = None
+    """None: as the file itself says."""
+    offset: float | None = None
+    unit: str | None = None
+    """None: the declared unit of the modality."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneAsset:
+    """One file and the bands it holds."""
+
+    href: str
+    bands: tuple[SceneBand, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneItem:
+    """One modality at one date, as files."""
+
+    id: str
+    modality: str
+    date: dt.date
+    assets: tuple[SceneAsset, ...]
+    mask: tuple[str, str] | None = None
+    """Where the mask is and which of `MASKS` reads it."""
+    grid: GeoBox | None = None
+    """The finest grid of its files, where the metadata tell it."""
+    decisions: tuple[str, ...] = ()
+    """What was concluded from the metadata, one sentence each."""
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """The names of its bands, in the order of its files."""
+        return tuple(band.name for asset in self.assets for band in asset.bands)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """Items that belong together; reading it makes a `Batch`. Safe to read from several threads."""
+
+    items: tuple[SceneItem, ...]
+    title: str | None = None
+    licence: str | None = None
+    unsupported: tuple[str, ...] = ()
+    """Items that came but cannot be used, one sentence each."""
+    fill_missing_bands: bool = True
+    """Whether `SUBSTITUTES` stand in for absent bands; without, reading them is an error."""
+    apply_masks: bool = True
+    """Whether pixels under cloud and its shadow are invalid, where an item has a mask."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What was seen, in the order of `MODALITIES`."""
+        present = {item.modality for item in self.items}
+        return tuple(name for name in MODALITIES if name in present)
+
+    def dates(self, modality: str) -> tuple[dt.date, ...]:
+        """Return the dates that `read` gives, in order: one for a still image, the newest."""
+        dates = tuple(sorted({item.date for item in self._of(modality)}))
+        return dates if MODALITIES[modality].kind != "still" else dates[-1:]
+
+    def missing_bands(self, modality: str) -> tuple[str, ...]:
+        """Return the bands that at least one item of a modality lacks."""
+        items = self._of(modality)
+        return tuple(name for name in MODALITIES[modality].band_names if any(name not in i.bands for i in items))
+
+    def geobox(self, resolution: float = 10.0, modality: str | None = None) -> GeoBox:
+        """Return the smallest grid over the items of a modality, on the pixel edges of the files.
+
+        Without a modality these are all series of images, or all items where there is none. The CRS is the commonest
+        projected one of the files, or the UTM zone of the first where all are geographic.
+        """
+        if modality is None:
+            series = tuple(item for item in self.items if MODALITIES[item.modality].kind == "series")
+            items = series or self.items
+        else:
+            items = self._of(modality)
+        grids = [item.grid or _grid_of_files(item) for item in items]
+        projected = [str(grid.crs) for grid in grids if grid.crs is not None and grid.crs.projected]
+        if projected:
+            crs = CRS(max(dict.fromkeys(projected), key=projected.count))
+            anchors = [grid for grid in grids if grid.crs == crs and _north_up(grid)]
+        else:
+            crs, anchors = _utm(grids[0]), []
+        nearest = min(anchors, key=lambda grid: abs(math.log(abs(grid.affine.a) / resolution)), default=None)
+        x0, y0 = (nearest.affine.c, nearest.affine.f) if nearest is not None else (0.0, 0.0)
+        edges = np.array([_bounds(grid, crs) for grid in grids])
+        # A box may begin a millionth of a pixel inside: coordinates in files are rounded.
+        left = math.floor((edges[:, 0].min() - x0) / resolution + 1e-6)
+        right = math.ceil((edges[:, 2].max() - x0) / resolution - 1e-6)
+        bottom = math.floor((edges[:, 1].min() - y0) / resolution + 1e-6)
+        top = math.ceil((edges[:, 3].max() - y0) / resolution - 1e-6)
+        corner = Affine(resolution, 0, x0 + left * resolution, 0, -resolution, y0 + top * resolution)
+        return GeoBox((max(top - bottom, 1), max(right - left, 1)), corner, crs)
+
+    def read(self, modality: str, box: GeoBox) -> Observation:
+        """Read one modality over a box of the common grid, in its declared unit.
+
+        A modality finer than the common grid has that many times more pixels; a coarser one is brought to the grid.
+        Items of one date are laid over each other in the order of the scene, the first valid pixel wins; so are all
+        items of a still image, the newest first. A pixel is valid where every band is.
+        """
+        spec, items = MODALITIES[modality], self._of(modality)
+        dates = self.dates(modality)
+        grid = modality_grid(spec, box)
+        if spec.kind == "still":
+            layers = [sorted(items, key=lambda item: item.date, reverse=True)]
+        else:
+            layers = [[item for item in items if item.date == date] for date in dates]
+        pixels = np.zeros((len(dates), len(spec.bands), *grid.shape), np.float32)
+        valid = np.zeros((len(dates), *grid.shape), np.bool_)
+
+        def lay(step: int, values: Floats, seen: Bools) -> None:
+            fresh = seen & ~valid[step]
+            np.copyto(pixels[step], values, where=fresh)
+            valid[step] |= fresh
+
+        coming: deque[tuple[int, Callable[[], tuple[Floats, Bools]]]] = deque()
+        for step, layer in enumerate(layers):
+            for item in (item for item in layer if _touches(item, grid)):
+                coming.append((step, self._start(item, spec, grid)))
+                if len(coming) > AHEAD:
+                    first, finish = coming.popleft()
+                    lay(first, *finish())
+        while coming:
+            first, finish = coming.popleft()
+            lay(first, *finish())
+        return Observation(
+            pixels=torch.from_numpy(pixels)[None],
+            dates=torch.tensor([[to_days(date) for date in dates]], dtype=torch.int64),
+            valid=torch.from_numpy(valid)[None],
+        )
+
+    def batch(self, box: GeoBox, modalities: Sequence[str] | None = None) -> Batch:
+        """Read every modality of the scene, or the named ones that it has, over a box of the common grid."""
+        names = [name for name in self.modalities if modalities is None or name in modalities]
+        if not names:
+            wanted = ", ".join(modalities or ())
+            raise InputError(f"the scene holds {', '.join(self.modalities)}; none of the wanted {wanted}")
+        return Batch(
+            observations={name: self.read(name, box) for name in names},
+            lonlat=torch.tensor([_centre(box)], dtype=torch.float64),
+            pixel_m=pixel_metres(box),
+        )
+
+    def _of(self, modality: str) -> tuple[SceneItem, ...]:
+        items = tuple(item for item in self.items if item.modality == modality)
+        if not items:
+            raise InputError(f"the scene has no {modality}; it holds {', '.join(self.modalities)}")
+        return items
+
+    def _start(self, item: SceneItem, spec: Modality, grid: GeoBox) -> Callable[[], tuple[Floats, Bools]]:
+        """Begin to read the files of an item; the answer waits for them and returns pixels [C, H, W] and [H, W]."""
+        sources = self._sources(item, spec)
+        wanted = set(sources.values())
+        jobs = []
+        for asset in item.assets:
+            bands = tuple(band for band in asset.bands if band.name in wanted)
+            if bands:
+                jobs.append((bands, _submit(asset.href, _read_asset, bands, spec, grid)))
+        mask = _submit(item.mask[0], _read_mask, item.mask[1], grid) if item.mask and self.apply_masks else None
+
+        def finish() -> tuple[Floats, Bools]:
+            found: dict[str, Floats] = {}
+            seen = np.ones(grid.shape, np.bool_) if mask is None else mask.result()
+            for bands, job in jobs:
+                values, valid = job.result()
+                found |= {band.name: values[i] for i, band in enumerate(bands)}
+                seen &= valid
+            return np.stack([found[sources[name]] for name in spec.band_names]), seen
+
+        return finish
+
+    def _sources(self, item: SceneItem, spec: Modality) -> dict[str, str]:
+        """Decide which band of an item serves each band of the modality."""
+        present, chosen = set(item.bands), {}
+        for name in spec.band_names:
+            source = name
+            stand_ins = SUBSTITUTES.get(spec.name, {}) if self.fill_missing_bands else {}
+            for _ in range(2):
+                source = stand_ins.get(source, source) if source not in present else source
+            if source not in present:
+                missing = ", ".join(n for n in spec.band_names if n not in present)
+                raise InputError(
+                    f"item {item.id} lacks {missing} of {spec.name}, for which no other band may stand in; "
+                    "add the files of these bands"
+                )
+            chosen[name] = source
+        return chosen
+
+
+def open_scene(
+    path_or_items: str | Path | Iterable[pystac.Item | Mapping[str, Any]] | pystac.Item | Mapping[str, Any],
+    *,
+    modalities: Sequence[str] | None = None,
+    fill_missing_bands: bool = True,
+    apply_masks: bool = True,
+) -> Scene:
+    """Open a folder with `scene.json`, a STAC Item or ItemCollection (file, http address, objects) as a scene.
+
+    Only the named modalities are kept, all by default. Items that cannot be used are named in `Scene.unsupported`;
+    when there is no other, that is an error.
+    """
+    unknown = [name for name in modalities or () if name not in MODALITIES]
+    if unknown:
+        raise InputError(f"no modality {unknown[0]!r}; known: {', '.join(sorted(MODALITIES))}")
+    content, base = _load(path_or_items)
+    items, unsupported = [], []
+    for raw in content["features"]:
+        try:
+            item = parse_item(raw, base=base, prefer=modalities or ())
+        except InputError as error:
+            unsupported.append(str(error))
+            continue
+        if modalities is None or item.modality in modalities:
+            items.append(item)
+    if not items:
+        if unsupported:
+            more = f" (and {len(unsupported) - 1} more)" if len(unsupported) > 1 else ""
+            raise InputError(f"no item of {_name(path_or_items)} can be used: {unsupported[0]}{more}")
+        raise InputError(f"{_name(path_or_items)} holds no item of {', '.join(modalities or ()) or 'any modality'}")
+    return Scene(
+        items=tuple(items),
+        title=content.get("title"),
+        licence=content.get("license") or _common_licence(content["features"]),
+        unsupported=tuple(unsupported),
+        fill_missing_bands=fill_missing_bands,
+        apply_masks=apply_masks,
+    )
+
+
+def make_item(
+    id: str,
+    modality: str,
+    date: dt.date | str,
+    box: GeoBox,
+    assets: Mapping[str, SceneAsset | str | Path],
+) -> pystac.Item:
+    """Describe files of one modality and date as a STAC item.
+
+    An asset given as a plain path is a mask where its key is one of `OWN_MASKS`, that one band where the key names a
+    band, else a file with all bands of the modality in order, in the declared unit.
+    """
+    spec = MODALITIES[modality]
+    day = dt.date.fromisoformat(date[:10]) if isinstance(date, str) else date
+    lon, lat = _outline(box)
+    ring = [[x, y] for x, y in zip(lon, lat, strict=True)]
+    item = pystac.Item(
+        id=id,
+        geometry={"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
+        bbox=[min(lon), min(lat), max(lon), max(lat)],
+        datetime=dt.datetime(day.year, day.month, day.day, tzinfo=dt.UTC),
+        properties={
+            MODALITY: modality,
+            **_crs_note(box.crs),
+            "proj:shape": [int(n) for n in box.shape],
+            "proj:transform": [float(n) for n in box.affine][:6],
+        },
+        stac_extensions=["https://stac-extensions.github.io/projection/v2.0.0/schema.json"],
+    )
+    for key, given in assets.items():
+        asset = given if isinstance(given, SceneAsset) else _plain_asset(spec, key, given)
+        item.add_asset(
+            key,
+            pystac.Asset(
+                href=asset.href,
+                media_type=pystac.MediaType.COG if asset.href.endswith(".tif") else None,
+                roles=["data"] if asset.bands else ["data-mask"],
+                extra_fields={"bands": [_band_dict(band, spec) for band in asset.bands]} if asset.bands else {},
+            ),
+        )
+    return item
+
+
+def save_scene(folder: str | Path, items: Sequence[pystac.Item], title: str, licence: str | None) -> Path:
+    """Write `scene.json` into a folder; files below the folder are named relative to it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = []
+    for item in items:
+        feature = item.to_dict(include_self_link=False, transform_hrefs=False)
+        for asset in feature["assets"].values():
+            asset["href"] = _relative(asset["href"], folder)
+        features.append(feature | {"links": []})
+    content: dict[str, Any] = {"type": "FeatureCollection", "title": title}
+    content |= {"license": licence} if licence else {}
+    path, partial = folder / SCENE_FILE, folder / f".{SCENE_FILE}.partial"
+    partial.write_text(json.dumps(content | {"features": features}, indent=1), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def parse_item(raw: Mapping[str, Any], *, base: str | None = None, prefer: Sequence[str] = ()) -> SceneItem:
+    """Understand one STAC item, ours or a known provider's; `base` is the folder or address its hrefs start from.
+
+    `prefer` chooses where a collection can serve several modalities, as NAIP does.
+    """
+    name = raw.get("id", "without id")
+    properties = raw.get("properties", {})
+    if not raw.get("assets"):
+        raise InputError(f"item {name} has no assets; ask the catalogue for whole items, not for chosen fields")
+    item = _own_item(raw, base) if MODALITY in properties else _foreign_item(raw, base, prefer)
+    return replace(item, grid=_grid_of_item(raw, item, base))
+
+
+# What we know of other people's collections ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """How a provider's collections spell a modality."""
+
+    collections: tuple[str, ...]
+    modalities: tuple[str, ...]
+    """What it can serve, the default first."""
+    assets: Mapping[str, str | tuple[str, ...]]
+    """Asset key, in lower case -> band, or the bands of a file in its order."""
+    platforms: tuple[str, ...] = ()
+    unit: str | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    nodata: float | None = None
+    """Where the item does not say; None: as `MODALITIES` says."""
+    mask: tuple[str, str] | None = None
+    """Asset key and which of `MASKS`."""
+
+
+def _keys(bands: str, keys: str) -> dict[str, str | tuple[str, ...]]:
+    return dict(zip(keys.lower().split(), bands.split(), strict=True))
+
+
+_S2_BANDS = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12"
+_S2_KEYS = _keys(_S2_BANDS, "coastal blue green red rededge1 rededge2 rededge3 nir nir08 nir09 swir16 swir22") | _keys(
+    _S2_BANDS, _S2_BANDS
+)
+_S2_CDSE = _keys(
+    _S2_BANDS,
+    "B01_60m B02_10m B03_10m B04_10m B05_20m B06_20m B07_20m B08_10m B8A_20m B09_60m B11_20m B12_20m",
+)
+_OLI_SR = "B2 B3 B4 B5 B6 B7"
+_OLI = "B1 B2 B3 B4 B5 B6 B7 B8 B9 B10 B11"
+_ETM = "B1 B2 B3 B4 B5 B7"
+_LANDSAT_8_9 = ("landsat-8", "landsat-9")
+
+SOURCES = (
+    Source(
+        collections=("sentinel-2-l2a", "sentinel-2-c1-l2a", "sentinel-s2-l2a-cogs"),
+        modalities=("sentinel2_l2a",),
+        assets=_S2_KEYS | _S2_CDSE,
+        mask=("scl", "scl"),
+    ),
+    Source(
+        collections=("sentinel-2-l1c", "sentinel-s2-l1c"),
+        modalities=("sentinel2",),
+        assets=_S2_KEYS | {"cirrus": "B10", "b10": "B10"},
+    ),
+    Source(
+        # Collection 2 surface reflectance (USGS, Landsat 8-9 C2 L2 product guide: 2.75e-5 DN - 0.2). It is what HLS L30
+        # starts from, before the adjustment to nadir view.
+        collections=("landsat-c2-l2", "landsat-8-c2-l2", "landsat-c2l2-sr"),
+        platforms=_LANDSAT_8_9,
+        modalities=("hls",),
+        assets=_keys(_OLI_SR, "blue green red nir08 swir16 swir22")
+        | _keys(_OLI_SR, "SR_B2 SR_B3 SR_B4 SR_B5 SR_B6 SR_B7"),
+        scale=0.275,
+        offset=-2000.0,
+        nodata=0,
+        mask=("qa_pixel", "qa_pixel"),
+    ),
+    Source(
+        collections=("ga_ls8c_ard_3", "ga_ls9c_ard_3"),
+        modalities=("hls",),
+        assets=_keys(_OLI_SR, "nbart_blue nbart_green nbart_red nbart_nir nbart_swir_1 nbart_swir_2"),
+        nodata=-999,
+        mask=("oa_fmask", "fmask"),
+    ),
+    Source(
+        collections=("landsat-c2-l1", "landsat-c2l1"),
+        platforms=_LANDSAT_8_9,
+        modalities=("landsat",),
+        assets=_keys(_OLI, "coastal blue green red nir08 swir16 swir22 pan cirrus lwir11 lwir12"),
+        mask=("qa_pixel", "qa_pixel"),
+    ),
+    Source(
+        collections=("landsat-c2-l1", "landsat-c2l1"),
+        platforms=("landsat-7",),
+        modalities=("landsat7",),
+        assets=_keys(_ETM, "blue green red nir08 swir16 swir22"),
+        mask=("qa_pixel", "qa_pixel"),
+    ),
+    Source(
+        collections=("sentinel-1-rtc",),
+        modalities=("sentinel1",),
+        assets=_keys("vv vh", "vv vh"),
+        unit="linear",
+    ),
+    Source(
+        # JAXA: gamma0 in dB = 20 log10(DN) - 83.
+        collections=("alos-palsar-mosaic",),
+        modalities=("alos2",),
+        assets=_keys("hh hv", "HH HV"),
+        unit="amplitude",
+        scale=10 ** (-83 / 20),
+        mask=("mask", "palsar"),
+    ),
+    Source(collections=("naip",), modalities=("naip_10", "naip"), assets={"image": ("R", "G", "B", "IR")}),
+    Source(collections=("esa-worldcover",), modalities=("worldcover",), assets={"map": "B1"}),
+    Source(
+        collections=("cop-dem-glo-30", "cop-dem-glo-90", "nasadem"),
+        modalities=("srtm",),
+        assets={"data": "srtm", "elevation": "srtm"},
+    ),
+    Source(
+        collections=("modis-13Q1-061",),
+        modalities=("modis",),
+        assets=_keys(
+            "B1 B2 B3 B7",
+            "250m_16_days_red_reflectance 250m_16_days_NIR_reflectance "
+            "250m_16_days_blue_reflectance 250m_16_days_MIR_reflectance",
+        ),
+        nodata=-1000,
+    ),
+    Source(
+        collections=("modis-09A1-061",),
+        modalities=("modis",),
+        assets=_keys("B1 B2 B3 B4 B5 B6 B7", " ".join(f"sur_refl_b0{i}" for i in range(1, 8))),
+    ),
+)
+
+REFUSED = {
+    "sentinel-1-grd": "is uncalibrated amplitude on a slanted grid; take sentinel-1-rtc, or calibrate it to dB",
+    "landsat-c2-l2": "is surface reflectance of an older Landsat, which no modality declares; take level 1",
+    "landsat-c2l2-sr": "is surface reflectance of an older Landsat, which no modality declares; take level 1",
+}
+"""Collections that look usable and are not -> why, and what to take instead."""
+
+
+def _foreign_item(raw: Mapping[str, Any], base: str | None, prefer: Sequence[str]) -> SceneItem:
+    properties = raw["properties"]
+    collection = raw.get("collection") or properties.get("odc:product")
+    platform = str(properties.get("platform", "")).lower().replace("_", "-")
+    source = next(
+        (s for s in SOURCES if collection in s.collections and (not s.platforms or platform in s.platforms)), None
+    )
+    if source is None:
+        if collection in REFUSED:
+            raise InputError(f"item {raw['id']}: {collection} {REFUSED[collection]}")
+        raise InputError(
+            f"item {raw['id']} is of collection {collection!r}, which is not known; "
+            f"give it the property {MODALITY} and the band names of one of {', '.join(MODALITIES)}"
+        )
+    modality = next((name for name in source.modalities if name in prefer), source.modalities[0])
+    term, decisions = _sentinel2_offset(raw) if modality.startswith("sentinel2") else (source.offset, ())
+    assets: list[SceneAsset] = []
+    taken: set[str] = set()
+    for key, asset in raw["assets"].items():
+        names = source.assets.get(key.lower(), ())
+        names = (names,) if isinstance(names, str) else names
+        if not names or taken & set(names):
+            continue
+        taken |= set(names)
+        notes = asset.get("raster:bands") or asset.get("bands") or []
+        bands = tuple(
+            SceneBand(
+                name=name,
+                index=i + 1,
+                nodata=_foreign_nodata(notes[i] if i < len(notes) else {}, source, MODALITIES[modality]),
+                scale=source.scale,
+                offset=term,
+                unit=source.unit,
+            )
+            for i, name in enumerate(names)
+        )
+        assets.append(SceneAsset(href=_resolve(asset["href"], base), bands=bands))
+    if not assets:
+        raise InputError(
+            f"item {raw['id']} of {collection} has none of the assets {', '.join(source.assets)}; "
+            "ask the catalogue for them"
+        )
+    mask = None
+    if source.mask is not None:
+        found = [a for key, a in raw["assets"].items() if key.lower().removesuffix("_20m") == source.mask[0]]
+        mask = (_resolve(found[0]["href"], base), source.mask[1]) if found else None
+    return SceneItem(
+        id=raw["id"],
+        modality=modality,
+        date=_date(raw),
+        assets=tuple(assets),
+        mask=mask,
+        decisions=decisions,
+    )
+
+
+def _foreign_nodata(note: Mapping[str, Any], source: Source, spec: Modality) -> float | None:
+    given = note.get("nodata")
+    if given is not None:
+        return float(given)
+    return source.nodata if source.nodata is not None else spec.nodata
+
+
+def _sentinel2_offset(raw: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
+    """Decide what to add to the digital numbers: -1000 from processing baseline 04.00 on, unless already done.
+
+    The offset in band metadata (`raster:offset`) is not asked: providers state it whether or not they applied it.
+    """
+    properties = raw["properties"]
+    applied = next((properties[k] for k in properties if k.endswith(":boa_offset_applied")), False)
+    baseline = _baseline(raw)
+    if applied:
+        return 0.0, (f"baseline {baseline or 'unknown'}: the provider has already taken the offset of 1000 away",)
+    if baseline is None:
+        if _date(raw) >= dt.date(2022, 1, 25):
+            raise InputError(
+                f"item {raw['id']} does not say its processing baseline, so its offset is unknown; "
+                'add the property "s2:processing_baseline", the 05.11 of N0511 in the name of the product'
+            )
+        return 0.0, ("baseline unknown, date before 2022-01-25: no offset",)
+    if tuple(int(n) for n in baseline.split(".")) >= (4, 0):
+        return -1000.0, (f"baseline {baseline}: 1000 is taken away",)
+    return 0.0, (f"baseline {baseline}: no offset",)
+
+
+def _baseline(raw: Mapping[str, Any]) -> str | None:
+    properties = raw["properties"]
+    for key in ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline"):
+        if re.fullmatch(r"\d+\.\d+", str(properties.get(key, ""))):
+            return str(properties[key])
+    for text in (properties.get("s2:product_uri"), properties.get("sentinel:product_id"), raw["id"]):
+        found = re.search(r"_N(\d\d)(\d\d)_", str(text))
+        if found:
+            return f"{found[1]}.{found[2]}"
+    return None
+
+
+# Our own items --------------------------------------------------------------------------------------------------------
+
+
+def _own_item(raw: Mapping[str, Any], base: str | None) -> SceneItem:
+    modality = raw["properties"][MODALITY]
+    if modality not in MODALITIES:
+        raise InputError(f"item {raw['id']} is of the unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
+    spec = MODALITIES[modality]
+    assets: list[SceneAsset] = []
+    mask = None
+    others: list[str] = []
+    for key, asset in raw["assets"].items():
+        href = _resolve(asset["href"], base)
+        notes = asset.get("bands") or []
+        if not notes and key.lower() in OWN_MASKS:
+            mask = (href, OWN_MASKS[key.lower()])
+        bands = tuple(_own_band(raw["id"], note, i, spec) for i, note in enumerate(notes, start=1))
+        others += [band.name for band in bands if band.name not in spec.band_names]
+        bands = tuple(band for band in bands if band.name in spec.band_names)
+        if bands:
+            assets.append(SceneAsset(href=href, bands=bands))
+    decisions = (f"not bands of {modality}, left out: {', '.join(others)}",) if others else ()
+    if not assets:
+        raise InputError(f"item {raw['id']} names no band of {modality}; its assets need bands[] with names")
+    return SceneItem(
+        id=raw["id"], modality=modality, date=_date(raw), assets=tuple(assets), mask=mask, decisions=decisions
+    )
+
+
+def _own_band(item: str, note: Mapping[str, Any], index: int, spec: Modality) -> SceneBand:
+    unit = note.get("unit")
+    if unit not in (None, spec.unit) and (unit, spec.unit) not in CONVERSIONS:
+        known = ", ".join([spec.unit, *(a for a, b in CONVERSIONS if b == spec.unit)])
+        raise InputError(f"item {item} has {note.get('name')} in {unit!r}; {spec.name} can be read from {known}")
+    nodata = note.get("nodata")
+    return SceneBand(
+        name=str(note.get("name")),
+        index=index,
+        nodata=None if nodata is None else float(nodata),
+        scale=note.get("raster:scale"),
+        offset=note.get("raster:offset"),
+        unit=unit,
+    )
+
+
+def _band_dict(band: SceneBand, spec: Modality) -> dict[str, Any]:
+    stated = {
+        "name": band.name,
+        "unit": band.unit or spec.unit,
+        # JSON has no NaN: STAC spells it as a string.
+        "nodata": band.nodata if band.nodata is None or math.isfinite(band.nodata) else str(band.nodata),
+        "raster:scale": band.scale,
+        "raster:offset": band.offset,
+    }
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def _crs_note(crs: CRS | None) -> dict[str, Any]:
+    if crs is None:
+        raise InputError("the box has no coordinate reference system; give it one")
+    return {"proj:code": f"EPSG:{crs.epsg}"} if crs.epsg else {"proj:wkt2": crs.to_wkt()}
+
+
+def _plain_asset(spec: Modality, key: str, path: str | Path) -> SceneAsset:
+    if key in OWN_MASKS:
+        names: tuple[str, ...] = ()
+    else:
+        names = (key,) if key in spec.band_names else spec.band_names
+    return SceneAsset(href=str(path), bands=tuple(SceneBand(name=n, index=i) for i, n in enumerate(names, start=1)))
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def modality_grid(spec: Modality, box: GeoBox) -> GeoBox:
+    """Return the grid of a modality over a box of the common grid: finer where it is finer, one pixel for weather."""
+    height, width = box.shape
+    if spec.kind == "weather":
+        rows, cols = 1, 1
+    else:
+        finer = max(10.0 / spec.gsd, 1.0) if spec.gsd else 1.0
+        rows, cols = round(height * finer), round(width * finer)
+    return GeoBox((rows, cols), box.affine @ Affine.scale(width / cols, height / rows), box.crs)
+
+
+def pixel_metres(box: GeoBox) -> float:
+    """Return the side of a pixel in metres."""
+    if box.crs is None or not box.crs.projected:
+        raise InputError(f"the box is in {box.crs}; give one in a projected CRS, as Scene.geobox() does")
+    factor = box.crs.proj.axis_info[0].unit_conversion_factor
+    return float(math.sqrt(abs(box.affine.determinant)) * factor)
+
+
+@functools.cache
+def _reader(process: int, number: int) -> ThreadPoolExecutor:
+    """Return a thread of this process: none survives a fork, such as data loaders make."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"panterra-read-{number}")
+
+
+def _submit(href: str, read: Callable[..., T], *how: Any) -> Future[T]:
+    """Read a file in the thread that always reads it, so that it is open, and its blocks are cached, once."""
+    return _reader(os.getpid(), zlib.crc32(href.encode()) % READERS).submit(read, href, *how)
+
+
+def _read_asset(href: str, bands: Sequence[SceneBand], spec: Modality, grid: GeoBox) -> tuple[Floats, Bools]:
+    """Read some bands of one file in the declared unit: pixels [C, H, W] and where all of them are data."""
+    values = np.empty((len(bands), *grid.shape), np.float32)
+    seen = np.ones(grid.shape, np.bool_)
+    alike: dict[SceneBand, list[int]] = {}
+    for place, band in enumerate(bands):
+        alike.setdefault(replace(band, name="", index=1), []).append(place)
+    for how, places in alike.items():
+        pixels, valid = read_onto(
+            href,
+            grid,
+            bands=[bands[i].index for i in places],
+            categorical=spec.categorical,
+            nodata=how.nodata,
+            scale=how.scale,
+            offset=how.offset,
+        )
+        if how.unit not in (None, spec.unit):
+            pixels = CONVERSIONS[str(how.unit), spec.unit](pixels)
+        values[places] = pixels
+        seen &= valid.all(0)
+    return values, seen & np.isfinite(values).all(0)
+
+
+def _read_mask(href: str, kind: str, grid: GeoBox) -> Bools:
+    codes, known = read_onto(href, grid, categorical=True, bands=[1], scale=1.0, offset=0.0)
+    return cast(Bools, MASKS[kind](codes[0]) & known[0])
+
+
+# Where things are -----------------------------------------------------------------------------------------------------
+
+
+def _touches(item: SceneItem, box: GeoBox) -> bool:
+    """Tell whether an item may have pixels in a box; True where that is not known."""
+    if item.grid is None:
+        return True
+    left, bottom, right, top = _bounds(item.grid, box.crs)
+    if not all(map(math.isfinite, (left, bottom, right, top))):
+        return True
+    west, south, east, north = box.boundingbox
+    # Interpolation reaches a pixel beyond the item's edge.
+    reach = abs(box.affine.a) + abs(box.affine.b)
+    return left < east + reach and right > west - reach and bottom < north + reach and top > south - reach
+
+
+@functools.lru_cache(maxsize=4096)
+def _bounds(grid: GeoBox, crs: CRS | None) -> tuple[float, float, float, float]:
+    """Left, bottom, right, top of a grid in another CRS; infinite where it cannot be said."""
+    west, south, east, north = grid.boundingbox
+    if grid.crs == crs:
+        return west, south, east, north
+    try:
+        return cast(
+            tuple[float, float, float, float],
+            transform_bounds(crs_for_rasterio(grid.crs), crs_for_rasterio(crs), west, south, east, north),
+        )
+    except RasterioError:
+        return -math.inf, -math.inf, math.inf, math.inf
+
+
+def _outline(box: GeoBox) -> tuple[list[float], list[float]]:
+    """Longitudes and latitudes of the corners of a box, anticlockwise."""
+    height, width = box.shape
+    corners = [box.affine @ corner for corner in ((0, height), (width, height), (width, 0), (0, 0))]
+    return _lonlat(box.crs, [x for x, _ in corners], [y for _, y in corners])
+
+
+def _centre(box: GeoBox) -> list[float]:
+    height, width = box.shape
+    x, y = box.affine @ (width / 2, height / 2)
+    (lon,), (lat,) = _lonlat(box.crs, [x], [y])
+    return [lon, lat]
+
+
+def _lonlat(crs: CRS | None, x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    return cast(tuple[list[float], list[float]], transform(crs_for_rasterio(crs), "EPSG:4326", x, y)[:2])
+
+
+def _utm(grid: GeoBox) -> CRS:
+    lon, lat = _centre(grid)
+    zone = int((lon + 180) // 6) % 60 + 1
+    return CRS(f"EPSG:{32600 + zone if lat >= 0 else 32700 + zone}")
+
+
+def _north_up(grid: GeoBox) -> bool:
+    return bool(grid.affine.b == 0 and grid.affine.d == 0 and grid.affine.e < 0)
+
+
+def _grid_of_files(item: SceneItem) -> GeoBox:
+    return min((grid_of(asset.href) for asset in item.assets), key=lambda grid: abs(grid.affine.determinant))
+
+
+def _grid_of_item(raw: Mapping[str, Any], item: SceneItem, base: str | None) -> GeoBox | None:
+    """Read the projection extension, of the assets in use or of the item."""
+    used = {asset.href for asset in item.assets}
+    notes = [a for a in raw["assets"].values() if _resolve(a["href"], base) in used]
+    grids = []
+    for note in (*notes, {}):
+        stated: dict[str, Any] = raw["properties"] | note
+        crs = stated.get("proj:code") or stated.get("proj:epsg") or stated.get("proj:wkt2")
+        shape, place = stated.get("proj:shape"), stated.get("proj:transform")
+        if crs and shape and place:
+            crs = f"EPSG:{crs}" if isinstance(crs, int) else crs
+            grids.append(GeoBox(tuple(shape), Affine(*place[:6]), CRS(crs)))
+    return min(grids, key=lambda grid: abs(grid.affine.determinant), default=None)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def _load(source: Any) -> tuple[dict[str, Any], str | None]:
+    """Return an ItemCollection as a dict, and the folder or address from which its hrefs start."""
+    if isinstance(source, str | Path):
+        content, base = _load_path(str(source))
+    else:
+        many = [source] if isinstance(source, pystac.Item | Mapping) else list(source)
+        content = {"type": "FeatureCollection", "features": [_as_dict(item) for item in many]}
+        base = None
+        if len(many) == 1 and content["features"][0].get("type") == "FeatureCollection":
+            content = content["features"][0]
+    if content.get("type") == "Feature":
+        content = {"type": "FeatureCollection", "features": [content]}
+    if content.get("type") != "FeatureCollection" or not isinstance(content.get("features"), list):
+        raise InputError(f"{_name(source)} is a {content.get('type')}; wanted a STAC Item or ItemCollection")
+    return content, base
+
+
+def _load_path(name: str) -> tuple[dict[str, Any], str]:
+    if name.startswith(("http://", "https://")):
+        address = name if name.split("?")[0].endswith("json") else urljoin(name.rstrip("/") + "/", SCENE_FILE)
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                return _decode(answer.read(), address), address
+        except (urllib.error.URLError, TimeoutError) as error:
+            raise InputError(f"cannot fetch {address}: {getattr(error, 'reason', error)}") from error
+    path = Path(name)
+    file = path / SCENE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(
+            f"there is no {file}; give a folder with {SCENE_FILE} or a STAC file, "
+            "or make one from rasters with `panterra fetch --from-files`"
+        )
+    return _decode(file.read_bytes(), name), str(file.resolve())
+
+
+def _decode(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        decoded = json.loads(content)
+    except ValueError:
+        decoded = None
+    if not isinstance(decoded, dict):
+        raise InputError(
+            f"{name} is not a STAC Item or ItemCollection in JSON; make a scene from rasters with "
+            "`panterra fetch --from-files`"
+        )
+    return decoded
+
+
+def _as_dict(item: pystac.Item | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(item, pystac.Item):
+        return dict(item)
+    content = item.to_dict(include_self_link=False, transform_hrefs=False)
+    for key, asset in item.assets.items():
+        content["assets"][key]["href"] = asset.get_absolute_href() or asset.href
+    return content
+
+
+def _resolve(href: str, base: str | None) -> str:
+    if base is None or "://" in href or href.startswith("/"):
+        return href
+    if base.startswith(("http://", "https://")):
+        return urljoin(base, href)
+    return str(Path(base).parent / href)
+
+
+def _relative(href: str, folder: Path) -> str:
+    if "://" in href or href.startswith("/vsi"):
+        return href
+    if not Path(href).is_absolute() and (folder / href).exists():
+        return href
+    # Not resolve(), which would follow links out of the folder.
+    path, home = Path(href).absolute(), folder.absolute()
+    return path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path)
+
+
+def _date(raw: Mapping[str, Any]) -> dt.date:
+    properties = raw["properties"]
+    text = properties.get("datetime") or properties.get("start_datetime")
+    try:
+        return dt.datetime.fromisoformat(str(text)).date()
+    except ValueError:
+        raise InputError(f"item {raw['id']} has the date {text!r}; wanted one like 2024-05-01T10:00:00Z") from None
+
+
+def _common_licence(features: Sequence[Mapping[str, Any]]) -> str | None:
+    stated = {feature.get("properties", {}).get("license") for feature in features}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the list of items"

@@ -1,0 +1,274 @@
+"""Stored embeddings of an area."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyproj
+import rasterio
+import zarr
+import zarr.codecs
+from odc.geo.geobox import GeoBox
+from rasterio.windows import Window as FileWindow
+
+from panterra.errors import InputError
+from panterra.evaluate.quantise import dequantise, quantise
+from panterra.mapping.tiles import Window
+
+Dtype = Literal["float32", "float16", "int8"]
+DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
+
+NO_BYTE = -128
+"""Marks a patch without data in int8; the quantisation rule uses -127 to 127."""
+INT8_RULE = {
+    "method": "signed square root, one scale per patch",
+    "original_dtype": "float32",
+    "quantized_dtype": "int8",
+    "value": "2 ** (scale_exponent / 8) * sign(q) * (q / 127.5) ** 2",
+    "quantized": "q = round(clip(sign(x) * sqrt(|x|) * 127.5, -127, 127)), x = value / 2 ** (scale_exponent / 8)",
+    "scale_exponent": "the smallest whole number for which no |x| of the patch exceeds 1",
+    "nodata": NO_BYTE,
+}
+"""OlmoEarth's rule for values within ±1; the scale brings every patch there, so that nothing is clipped."""
+
+
+def to_bytes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Store features [..., D] as int8 [..., D] and their scale's exponent, int8 [...], by `INT8_RULE`."""
+    seen = np.isfinite(features).all(-1)
+    known = np.where(seen[..., None], features, 0)
+    # The smallest exponent is far below any feature that means something, and keeps clear of NO_BYTE.
+    exponent = np.ceil(8 * np.log2(np.maximum(np.abs(known).max(-1), 2.0**-15)))
+    codes = quantise(known / np.exp2(exponent / 8)[..., None])
+    return np.where(seen[..., None], codes, NO_BYTE).astype(np.int8), np.where(seen, exponent, NO_BYTE).astype(np.int8)
+
+
+def from_bytes(codes: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """Turn what `to_bytes` made back into float32 features; NaN where nodata."""
+    values = dequantise(codes) * np.exp2(exponent.astype(np.float32) / 8)[..., None]
+    return np.where((exponent == NO_BYTE)[..., None], np.float32(np.nan), values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingStore:
+    """Embeddings of an area on a grid of patches, opened for reading."""
+
+    path: Path
+    box: GeoBox
+    """One cell per patch."""
+    dim: int
+    dtype: Dtype
+    about: Mapping[str, Any]
+    """model, patch_m, modalities, window_px, overlap_px, dates and licence, as far as they were recorded."""
+    block: tuple[int, int]
+    """Rows and columns that are stored together."""
+    _fetch: Callable[[Window], np.ndarray]
+
+    @property
+    def passport(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def read(self, window: Window | None = None) -> np.ndarray:
+        """Read features, float32 [rows, columns, D]; NaN where there was no data."""
+        height, width = self.box.shape
+        window = window or Window(row=0, col=0, height=height, width=width)
+        if window.row < 0 or window.col < 0 or window.row + window.height > height or window.col + window.width > width:
+            raise InputError(f"{window} is not inside the {height} x {width} patches of {self.path}")
+        return self._fetch(window)
+
+    def sample(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        """Read the features of single patches, float32 [n, D]; each stored block is read once."""
+        row, col = np.asarray(row), np.asarray(col)
+        height, width = self.box.shape
+        if len(row) and (min(row.min(), col.min()) < 0 or row.max() >= height or col.max() >= width):
+            raise InputError(f"some rows and columns lie outside the {height} x {width} patches of {self.path}")
+        result = np.full((len(row), self.dim), np.nan, np.float32)
+        blocks = np.stack([row // self.block[0], col // self.block[1]], axis=1)
+        for block in np.unique(blocks, axis=0):
+            here = np.flatnonzero((blocks == block).all(1))
+            top, left = row[here].min(), col[here].min()
+            window = Window(
+                row=int(top),
+                col=int(left),
+                height=int(row[here].max() - top + 1),
+                width=int(col[here].max() - left + 1),
+            )
+            result[here] = self.read(window)[row[here] - top, col[here] - left]
+        return result
+
+
+def open_embeddings(path: str | Path) -> EmbeddingStore:
+    """Open what `embed` wrote: a Zarr store or a GeoTIFF."""
+    path = Path(path)
+    if path.is_dir() and (path / "zarr.json").is_file():
+        return _open_zarr(path)
+    if path.is_file() and path.suffix.lower() in (".tif", ".tiff"):
+        return _open_cog(path)
+    raise InputError(f"{path} holds no embeddings; wanted a folder or .tif that `panterra embed` wrote")
+
+
+def create_zarr(
+    path: Path, box: GeoBox, *, dim: int, dtype: Dtype, shard: tuple[int, int], chunk: tuple[int, int], about: Any
+) -> None:
+    """Make an empty Zarr v3 store with dimensions embedding, y, x; CF and `proj:` attributes tell where it lies."""
+    group: Any = zarr.create_group(store=str(path), zarr_format=3)
+    assert box.crs is not None
+    crs = box.crs.proj
+    left, top = box.affine.c, box.affine.f
+    group.attrs.update(
+        {
+            "Conventions": "CF-1.11",
+            **proj_fields(box),
+            "proj:wkt2": crs.to_wkt(),
+            "spatial:dimensions": ["y", "x"],
+            "emb:type": "pixel",
+            "emb:dimensions": dim,
+            "data_type": dtype,
+            **({"emb:quantization": INT8_RULE} if dtype == "int8" else {}),
+            "panterra:embeddings": about,
+        }
+    )
+    array_box = (dim, *box.shape)
+    layout: dict[str, Any] = {
+        "dtype": dtype,
+        "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+        "fill_value": NO_BYTE if dtype == "int8" else float("nan"),
+    }
+    fill = {"_FillValue": NO_BYTE} if dtype == "int8" else {}
+    group.create_array(
+        "embeddings",
+        shape=array_box,
+        shards=(dim, *shard),
+        chunks=(dim, *chunk),
+        dimension_names=("embedding", "y", "x"),
+        attributes={"grid_mapping": "spatial_ref", **fill},
+        **layout,
+    )
+    if dtype == "int8":
+        group.create_array(
+            "scale_exponent",
+            shape=box.shape,
+            shards=shard,
+            chunks=chunk,
+            dimension_names=("y", "x"),
+            attributes={"grid_mapping": "spatial_ref", "rule": INT8_RULE["value"], **fill},
+            **layout,
+        )
+    height, width = box.shape
+    ticks = {
+        "y": (top + (np.arange(height) + 0.5) * box.affine.e, "projection_y_coordinate"),
+        "x": (left + (np.arange(width) + 0.5) * box.affine.a, "projection_x_coordinate"),
+    }
+    for name, (values, standard) in ticks.items():
+        group.create_array(
+            name,
+            data=values,
+            dimension_names=(name,),
+            attributes={"standard_name": standard, "units": crs.axis_info[0].unit_name},
+        )
+    a = box.affine
+    group.create_array(
+        "spatial_ref",
+        data=np.array(0),
+        dimension_names=(),
+        attributes={**crs.to_cf(), "GeoTransform": f"{a.c!r} {a.a!r} {a.b!r} {a.f!r} {a.d!r} {a.e!r}"},
+    )
+
+
+def write_zarr(path: Path, window: Window, features: np.ndarray) -> None:
+    """Write features [h, w, D] into a store; whole shards are written atomically."""
+    group = cast(Any, zarr.open_group(str(path), mode="r+"))
+    array, (rows, cols) = group["embeddings"], window.slices
+    if array.dtype == np.int8:
+        features, exponent = to_bytes(features)
+        group["scale_exponent"][rows, cols] = exponent
+    array[:, rows, cols] = np.moveaxis(features, -1, 0).astype(array.dtype)
+
+
+def cog_bands(features: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Lay features [h, w, D] out as the bands of a GeoTIFF; in int8 the scale's exponent is the last one."""
+    if dtype == "int8":
+        codes, exponent = to_bytes(features)
+        return np.moveaxis(np.concatenate([codes, exponent[..., None]], axis=-1), -1, 0)
+    return np.moveaxis(features, -1, 0).astype(dtype)
+
+
+def cog_tags(about: Mapping[str, Any], dtype: Dtype) -> dict[str, str]:
+    """Describe the embeddings of a GeoTIFF in tags that `open_embeddings` understands."""
+    tags = {"panterra_embeddings": json.dumps(about, sort_keys=True)}
+    return {**tags, "emb_quantization": json.dumps(INT8_RULE)} if dtype == "int8" else tags
+
+
+def cog_band_names(dim: int, dtype: Dtype) -> tuple[str, ...]:
+    """Name the bands of a GeoTIFF of embeddings."""
+    return (*(f"e{i:04d}" for i in range(dim)), *(("scale_exponent",) if dtype == "int8" else ()))
+
+
+def proj_fields(box: GeoBox) -> dict[str, Any]:
+    """Say where a grid lies in the words of STAC's projection extension."""
+    assert box.crs is not None
+    a, extent = box.affine, box.extent.boundingbox
+    return {
+        "proj:code": f"EPSG:{box.crs.epsg}" if box.crs.epsg is not None else None,
+        "proj:shape": [int(n) for n in box.shape],
+        "proj:transform": [float(v) for v in (a.a, a.b, a.c, a.d, a.e, a.f)],
+        "proj:bbox": [float(v) for v in extent.bbox],
+    }
+
+
+def _open_zarr(path: Path) -> EmbeddingStore:
+    group = cast(Any, zarr.open_group(str(path), mode="r"))
+    try:
+        array, about = group["embeddings"], group.attrs["panterra:embeddings"]
+    except KeyError:
+        raise InputError(f"{path} is a Zarr store without embeddings; wanted one that `panterra embed` wrote") from None
+
+    def fetch(window: Window) -> np.ndarray:
+        rows, cols = window.slices
+        stored = np.moveaxis(array[:, rows, cols], 0, -1)
+        if stored.dtype == np.int8:
+            return from_bytes(stored, group["scale_exponent"][rows, cols])
+        return np.ascontiguousarray(stored, dtype=np.float32)
+
+    dim, height, width = array.shape
+    transform, crs = group.attrs["proj:transform"], group.attrs["proj:wkt2"]
+    return EmbeddingStore(
+        path=path,
+        box=GeoBox((height, width), rasterio.Affine(*transform), pyproj.CRS.from_user_input(crs)),
+        dim=dim,
+        dtype=array.dtype.name,
+        about=about,
+        block=array.shards[1:],
+        _fetch=fetch,
+    )
+
+
+def _open_cog(path: Path) -> EmbeddingStore:
+    with rasterio.open(path) as file:
+        about = file.tags().get("panterra_embeddings")
+        if about is None:
+            raise InputError(f"{path} holds no embeddings; wanted a file that `panterra embed` wrote")
+        box = GeoBox((file.height, file.width), file.transform, file.crs)
+        dtype, bands, block = file.dtypes[0], file.count, file.block_shapes[0]
+
+    def fetch(window: Window) -> np.ndarray:
+        with rasterio.open(path) as file:
+            stored = file.read(window=FileWindow(window.col, window.row, window.width, window.height))
+        stored = np.moveaxis(stored, 0, -1)
+        if stored.dtype == np.int8:
+            return from_bytes(stored[..., :-1], stored[..., -1])
+        return np.ascontiguousarray(stored, dtype=np.float32)
+
+    return EmbeddingStore(
+        path=path,
+        box=box,
+        dim=bands - (dtype == "int8"),
+        dtype=dtype,
+        about=json.loads(about),
+        block=block,
+        _fetch=fetch,
+    )

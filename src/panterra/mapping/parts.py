@@ -1,0 +1,130 @@
+"""What an unfinished output has so far."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rasterio.errors import RasterioError
+from safetensors.numpy import load_file, save
+
+from panterra.errors import InputError
+from panterra.mapping.blend import Canvas
+from panterra.mapping.tiles import Tile
+
+Edges = tuple[Canvas, Canvas]
+"""What a tile's windows add to the tile on the right (and below that), and to the tile below."""
+
+
+class Parts:
+    """Finished tiles in `<out>.parts`, each a file that appears whole; killed at any moment, the job can go on.
+
+    `job` is all that the bytes of the output depend on. Parts of another job are never mixed in. Tiles are read and
+    held by one thread and saved by another.
+    """
+
+    def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.out = out
+        self.folder = out.with_name(f"{out.name}.parts")
+        note = self.folder / "job.json"
+        wanted = json.loads(json.dumps(job))
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        if before is not None and before != wanted and not overwrite:
+            keys = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+            raise InputError(
+                f"{self.folder} holds tiles of a job with another {', '.join(keys)}; repeat that job to go on with it, "
+                "or start afresh with overwrite"
+            )
+        if before != wanted:
+            if out.exists() and not overwrite:
+                raise InputError(f"{out} exists; choose another name, or replace it with overwrite")
+            if out.is_dir() and not (out / "zarr.json").is_file():
+                raise InputError(f"{out} is a folder with other things, which is not replaced; choose another name")
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with self.guard():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            self._write("job.json", json.dumps(wanted, indent=1, sort_keys=True).encode())
+        self._finished = {path.stem for path in self.folder.glob("tile_*.safetensors")}
+        self._held: dict[tuple[int, int], Edges] = {}
+
+    def __len__(self) -> int:
+        return len(self._finished)
+
+    def has(self, tile: Tile) -> bool:
+        """Tell whether a tile was finished when the job was opened."""
+        return f"tile_{tile.name}" in self._finished
+
+    def hold(self, tile: Tile, edges: Edges) -> None:
+        """Keep what a tile adds to its neighbours in memory, until `save` has it on disk."""
+        self._held[tile.row, tile.col] = edges
+
+    def edges(self, row: int, col: int) -> Edges:
+        """Return what a tile, held or saved, adds to its neighbours."""
+        held = self._held.get((row, col))
+        if held is not None:
+            return held
+        saved = load_file(self._edges_path(row, col))
+        right, bottom = (Canvas(total=saved[f"{n}_total"], weight=saved[f"{n}_weight"]) for n in ("right", "bottom"))
+        return right, bottom
+
+    def save(self, tile: Tile, arrays: Mapping[str, np.ndarray]) -> None:
+        """Finish a tile: its edges first, then its pixels, whose file says that it is done."""
+        place = tile.row, tile.col
+        if place in self._held:
+            named = zip(("right", "bottom"), self._held[place], strict=True)
+            edges = {f"{n}_{part}": getattr(canvas, part) for n, canvas in named for part in ("total", "weight")}
+            self._save(self._edges_path(*place).name, edges)
+        self._save(self._tile_path(tile).name, arrays)
+        self._held.pop(place, None)
+        # The tiles to its left and above are done as well, so nobody needs the corner between them any more.
+        if tile.row and tile.col:
+            self._edges_path(tile.row - 1, tile.col - 1).unlink(missing_ok=True)
+
+    def load(self, tile: Tile) -> dict[str, np.ndarray]:
+        """Return the pixels of a finished tile."""
+        return load_file(self._tile_path(tile))
+
+    def forget(self) -> None:
+        """Take every tile for unfinished."""
+        self._finished.clear()
+
+    def remove(self) -> None:
+        """Remove the folder, when the output is complete."""
+        shutil.rmtree(self.folder)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Say in one line what stopped a write, and what becomes of the tiles."""
+        try:
+            yield
+        except (OSError, RasterioError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"cannot write {self.out}: {reason}; finished tiles are kept in {self.folder}: make room there and "
+                "repeat the same job to go on"
+            ) from error
+
+    def _tile_path(self, tile: Tile) -> Path:
+        return self.folder / f"tile_{tile.name}.safetensors"
+
+    def _edges_path(self, row: int, col: int) -> Path:
+        return self.folder / f"edges_{row:05d}_{col:05d}.safetensors"
+
+    def _save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        self._write(name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.folder / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / name)

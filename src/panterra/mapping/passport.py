@@ -1,0 +1,132 @@
+"""Where an output came from."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pystac
+from odc.geo.geobox import GeoBox
+from rasterio.warp import transform
+
+import panterra
+from panterra.energy import EnergyReport
+from panterra.imagery.raster import crs_for_rasterio
+from panterra.mapping.embeddings import proj_fields
+
+EXTENSIONS = (
+    "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
+    "https://stac-extensions.github.io/processing/v1.2.0/schema.json",
+    "https://stac-extensions.github.io/file/v2.1.0/schema.json",
+)
+CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
+
+
+def write_passport(
+    path: Path,
+    box: GeoBox,
+    dates: Sequence[dt.date],
+    assets: Mapping[str, pystac.Asset],
+    *,
+    energy: EnergyReport,
+    licence: str | None,
+    properties: Mapping[str, Any],
+) -> pystac.Item:
+    """Write a STAC 1.1 item beside outputs on `box`: what they show, what made them, at what cost.
+
+    Assets carry absolute paths and leave with relative ones and checksums. `dates` are those of the inputs.
+    """
+    ring = _outline(box)
+    now = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    item = pystac.Item(
+        id=path.name.removesuffix(".json"),
+        geometry={"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
+        bbox=[
+            *(min(values) for values in zip(*ring, strict=True)),
+            *(max(values) for values in zip(*ring, strict=True)),
+        ],
+        datetime=None if dates else now,
+        start_datetime=_at(min(dates), dt.time.min) if dates else None,
+        end_datetime=_at(max(dates), dt.time(23, 59, 59)) if dates else None,
+        properties={
+            **({"license": licence} if licence else {}),
+            **proj_fields(box),
+            "processing:datetime": _rfc3339(now),
+            "processing:software": software(),
+            "panterra:energy": energy.as_dict(),
+            "emb:energy": {
+                "energy_kwh": energy.kwh,
+                "inference_duration_s": energy.seconds,
+                "avg_power_w": energy.kwh * 3.6e6 / max(energy.seconds, 1e-9),
+                "platform": platform.platform(),
+            },
+            **properties,
+        },
+        stac_extensions=list(EXTENSIONS),
+    )
+    for name, asset in assets.items():
+        file = Path(asset.href)
+        asset.extra_fields.update({"file:checksum": checksum(file), "file:size": size(file)})
+        asset.href = "./" + os.path.relpath(file, path.parent)
+        item.add_asset(name, asset)
+        if "classification:classes" in asset.extra_fields:
+            item.stac_extensions.append(CLASSIFICATION)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(item.to_dict(include_self_link=False), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return item
+
+
+def software() -> dict[str, str]:
+    """Name what computes, with versions."""
+    import torch
+
+    return {"panterra": panterra.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def checksum(path: Path) -> str:
+    """Return the sha256 of a file as a multihash; of a folder, that of its files' names and checksums in order."""
+    if path.is_dir():
+        lines = [f"{checksum(f)}  {f.relative_to(path).as_posix()}\n" for f in _files(path)]
+        return "1220" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return "1220" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size(path: Path) -> int:
+    """Count the bytes of a file or of all files in a folder."""
+    return sum(f.stat().st_size for f in _files(path)) if path.is_dir() else path.stat().st_size
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def _outline(box: GeoBox) -> list[list[float]]:
+    """Longitude and latitude of points along a box's edge, anticlockwise."""
+    assert box.crs is not None
+    height, width = box.shape
+    steps = [i / 8 for i in range(8)]
+    edge = [
+        *((0, s) for s in steps),
+        *((s, 1) for s in steps),
+        *((1, 1 - s) for s in steps),
+        *((1 - s, 0) for s in steps),
+    ]
+    x, y = zip(*(box.affine @ (across * width, down * height) for across, down in edge), strict=True)
+    lon, lat = transform(crs_for_rasterio(box.crs), "EPSG:4326", x, y)[:2]
+    return [[round(a, 9), round(b, 9)] for a, b in zip(lon, lat, strict=True)]
+
+
+def _at(date: dt.date, time: dt.time) -> dt.datetime:
+    return dt.datetime.combine(date, time, tzinfo=dt.UTC)
+
+
+def _rfc3339(moment: dt.datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

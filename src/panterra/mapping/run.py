@@ -1,0 +1,489 @@
+"""From a scene to stored embeddings or a map, in tiles."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+import pystac
+import rasterio
+from odc.geo.geobox import GeoBox
+from rasterio.windows import Window as FileWindow
+
+from panterra.energy import EnergyReport, measure_energy
+from panterra.errors import InputError
+from panterra.evaluate.probes import Probe, load_probe
+from panterra.imagery.raster import CogWriter
+from panterra.imagery.stac import Scene, open_scene
+from panterra.mapping.embeddings import (
+    DTYPES,
+    INT8_RULE,
+    NO_BYTE,
+    Dtype,
+    EmbeddingStore,
+    cog_band_names,
+    cog_bands,
+    cog_tags,
+    create_zarr,
+    open_embeddings,
+    write_zarr,
+)
+from panterra.mapping.parts import Parts
+from panterra.mapping.passport import write_passport
+from panterra.mapping.sources import Encoding, Stored
+from panterra.mapping.tiles import Tile
+from panterra.models import weights
+from panterra.models.features import Encoder
+
+Progress = Callable[[int, int], None]
+"""Called with how many windows (of stored embeddings: blocks) are done and how many there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapResult:
+    """What `map` wrote and what it took; a run that went on with an earlier one counts only itself."""
+
+    path: Path
+    passport: Path
+    probabilities: Path | None
+    seconds: float
+    encoder_seconds: float
+    energy: EnergyReport
+
+
+def embed(
+    scene: Scene | str | Path,
+    model: Encoder | str | Path,
+    out: str | Path,
+    *,
+    patch_m: float = 40,
+    modalities: Sequence[str] | None = None,
+    window_px: int = 64,
+    overlap_px: int = 16,
+    dtype: Dtype = "float32",
+    box: GeoBox | None = None,
+    tile_px: int | None = None,
+    batch_windows: int = 8,
+    workers: int = 1,
+    overwrite: bool = False,
+    country: str | None = None,
+    progress: Progress | None = None,
+) -> EmbeddingStore:
+    """Embed a scene: one vector per patch, as a Zarr v3 store, or as a GeoTIFF where `out` ends in .tif.
+
+    The encoder sees windows of `window_px` pixels of the common grid that overlap by `overlap_px` and lie on a lattice
+    anchored at the upper left corner of `box` (default: the whole scene); features of overlapping windows are blended.
+    Tiles of at most `tile_px` are units of work alone: their size changes the result by rounding, below 1e-4.
+    `batch_windows` go through the encoder together; `workers` tiles are read ahead.
+
+    Finished tiles lie in `<out>.parts`: after any interruption the same call goes on from there and ends with the same
+    bytes. Raises InputError where `out` exists or the parts are of another job, unless `overwrite`.
+    """
+    scene, encoder, out = _as_scene(scene), _as_encoder(model), Path(out)
+    cog = out.suffix.lower() in (".tif", ".tiff")
+    if dtype not in DTYPES:
+        raise InputError(f"embeddings of type {dtype!r} were asked for; wanted one of {', '.join(DTYPES)}")
+    if cog and dtype == "float16":
+        raise InputError(
+            f"{out.name} cannot hold float16, which GeoTIFFs lack; choose int8 or float32, or a .zarr name"
+        )
+    work = Encoding.plan(
+        scene,
+        encoder,
+        box=box,
+        patch_m=patch_m,
+        modalities=modalities,
+        window_px=window_px,
+        overlap_px=overlap_px,
+        tile_px=tile_px,
+        batch_windows=batch_windows,
+        workers=workers,
+    )
+    about = {**work.about, "licence": scene.licence}
+    parts = Parts(out, {**work.job, "dtype": dtype}, overwrite=overwrite)
+    sink: _Cogs | _Zarr
+    if cog:
+        names, nodata = cog_band_names(encoder.dim, dtype), NO_BYTE if dtype == "int8" else math.nan
+        tags = cog_tags(about, dtype)
+        sink = _Cogs(
+            parts=parts,
+            convert=lambda features: {"embeddings": cog_bands(features, dtype)},
+            tiles=work.tiles,
+            create=lambda folder: {
+                "embeddings": CogWriter(
+                    folder / out.name, work.grid, len(names), dtype, nodata=nodata, band_names=names, tags=tags
+                )
+            },
+        )
+    else:
+        rows, cols = work.lattice.rows, work.lattice.cols
+        sink = _Zarr(
+            parts=parts,
+            num_tiles=work.lattice.num_tiles,
+            create=lambda path: create_zarr(
+                path,
+                work.grid,
+                dim=encoder.dim,
+                dtype=dtype,
+                shard=(rows.tile, cols.tile),
+                chunk=(rows.stride, cols.stride),
+                about=about,
+            ),
+        )
+    energy = _run(work, parts, sink, country=country, progress=progress)
+    media_type = pystac.MediaType.COG if cog else "application/vnd.zarr; version=3"
+    asset = pystac.Asset(str(out.absolute()), media_type=media_type, roles=["data"], extra_fields={"data_type": dtype})
+    about_embeddings = {
+        "emb:type": "pixel",
+        "emb:dimensions": encoder.dim,
+        **({"emb:quantization": INT8_RULE} if dtype == "int8" else {}),
+    }
+    _conclude(work, parts, {"embeddings": asset}, energy, about_embeddings)
+    return open_embeddings(out)
+
+
+def map(
+    scene: Scene | EmbeddingStore | str | Path,
+    probe: Probe | str | Path,
+    out: str | Path,
+    *,
+    model: Encoder | str | Path | None = None,
+    box: GeoBox | None = None,
+    probabilities: bool = False,
+    patch_m: float | None = None,
+    modalities: Sequence[str] | None = None,
+    window_px: int | None = None,
+    overlap_px: int = 16,
+    tile_px: int | None = None,
+    batch_windows: int = 8,
+    workers: int = 1,
+    overwrite: bool = False,
+    country: str | None = None,
+    progress: Progress | None = None,
+) -> MapResult:
+    """Map a scene, or embeddings that `embed` stored, with a probe: a GeoTIFF `out` with one pixel per patch.
+
+    Classes are written as their codes with palette and names, values as float32; places without data are nodata.
+    `probabilities` adds `<out>_probabilities.tif`, one float32 band per class. What the encoder should be, which
+    modalities it sees and how large patches and windows are comes from the probe where it is not given; stored
+    embeddings need no encoder. Everything else is as in `embed`.
+    """
+    started, out = time.perf_counter(), Path(out)
+    probe = probe if isinstance(probe, Probe) else load_probe(probe)
+    if out.suffix.lower() not in (".tif", ".tiff"):
+        raise InputError(f"a map is written as a GeoTIFF; let the name {out.name!r} end in .tif")
+    if probabilities and probe.task != "classes":
+        raise InputError("the probe predicts values, which have no probabilities; leave them out")
+    given = scene if isinstance(scene, Scene | EmbeddingStore) else _as_scene_or_store(scene)
+    source = probe.source
+    work: Encoding | Stored
+    if isinstance(given, EmbeddingStore):
+        if box is not None or model is not None:
+            raise InputError("stored embeddings have their own area and encoder; leave out box and model")
+        work = Stored(store=given, workers=workers)
+    else:
+        if source is None and (model is None or patch_m is None):
+            raise InputError("the probe does not say how its features were made; give model and patch_m")
+        work = Encoding.plan(
+            given,
+            _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder))),
+            box=box,
+            patch_m=cast(float, patch_m or (source and source.patch_m)),
+            modalities=modalities or (source.modalities if source else None),
+            window_px=window_px or (source.window_px if source else 64),
+            overlap_px=overlap_px,
+            tile_px=tile_px,
+            batch_windows=batch_windows,
+            workers=workers,
+        )
+    _check_fit(probe, work)
+    about_probe = _probe_passport(probe)
+    beside = out.with_name(f"{out.stem}_probabilities.tif") if probabilities else None
+    assets = {"map": _map_asset(probe, out)}
+    if beside is not None:
+        bands = [{"name": c.name} for c in probe.classes]
+        assets["probabilities"] = _tif_asset(beside, bands=bands, data_type="float32")
+    parts = Parts(out, {**work.job, "probe": about_probe, "probabilities": probabilities}, overwrite=overwrite)
+    energy = _run(work, parts, _map_sink(probe, work, out, beside, parts), country=country, progress=progress)
+    _conclude(work, parts, assets, energy, {"panterra:probe": about_probe})
+    return MapResult(
+        path=out,
+        passport=_beside(out),
+        probabilities=beside,
+        seconds=time.perf_counter() - started,
+        encoder_seconds=work.encoder_seconds,
+        energy=energy,
+    )
+
+
+def _run(
+    work: Encoding | Stored, parts: Parts, sink: _Cogs | _Zarr, *, country: str | None, progress: Progress | None
+) -> EnergyReport:
+    """Bring every tile into the sink; the thread that writes also applies the probe, while the encoder goes on."""
+    done, total = 0, sum(work.cost(tile) for tile in work.tiles())
+
+    def advance(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if progress:
+            progress(done, total)
+
+    with measure_energy(country=country) as meter, parts.guard(), sink:
+        finished = [tile for tile in work.tiles() if parts.has(tile)] if len(parts) else []
+        for tile in finished:
+            sink.again(tile)
+        advance(sum(work.cost(tile) for tile in finished))
+        todo = (tile for tile in work.tiles() if not parts.has(tile))
+        with ThreadPoolExecutor(1, "panterra-write") as writer:
+            writing: deque[Future[None]] = deque()
+            for tile, features in work.features(todo, parts, advance):
+                writing.append(writer.submit(sink.put, tile, features))
+                if len(writing) > 1:
+                    writing.popleft().result()
+            for last in writing:
+                last.result()
+    return meter.report
+
+
+def _conclude(
+    work: Encoding | Stored,
+    parts: Parts,
+    assets: Mapping[str, pystac.Asset],
+    energy: EnergyReport,
+    properties: Mapping[str, Any],
+) -> None:
+    """Write the passport and take the parts away."""
+    with parts.guard():
+        write_passport(
+            _beside(parts.out),
+            work.grid,
+            work.dates,
+            assets,
+            energy=energy,
+            licence=work.licence,
+            properties={**properties, **work.origin, "panterra:encoder_seconds": round(work.encoder_seconds, 3)},
+        )
+        parts.remove()
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+def _as_scene(scene: Scene | str | Path) -> Scene:
+    return scene if isinstance(scene, Scene) else open_scene(scene)
+
+
+def _as_scene_or_store(path: str | Path) -> Scene | EmbeddingStore:
+    is_store = (Path(path) / "zarr.json").is_file() or Path(path).suffix.lower() in (".tif", ".tiff")
+    return open_embeddings(path) if is_store else open_scene(path)
+
+
+def _as_encoder(model: Encoder | str | Path) -> Encoder:
+    return weights.load_model(model) if isinstance(model, str | Path) else model
+
+
+def _check_fit(probe: Probe, work: Encoding | Stored) -> None:
+    """Refuse features that the probe was not fitted on, as far as both say what they are."""
+    name = (work.about.get("model") or {}).get("name", "the encoder")
+    if probe.dim != work.dim:
+        raise InputError(
+            f"the probe takes features of width {probe.dim}; {name} gives {work.dim}: use the same encoder"
+        )
+    if probe.source is not None and isinstance(work, Stored):
+        wanted = {"patch_m": probe.source.patch_m, "modalities": sorted(probe.source.modalities)}
+        stored = {"patch_m": work.about["patch_m"], "modalities": sorted(work.about["modalities"])}
+        if stored != wanted:
+            raise InputError(f"the embeddings were made with {stored}, the probe was fitted with {wanted}; embed again")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Cogs:
+    """Tiles into GeoTIFFs. Their pixels are kept in the parts as well: a GeoTIFF cannot be gone on with."""
+
+    parts: Parts
+    tiles: Callable[[], Iterable[Tile]]
+    convert: Callable[[np.ndarray], dict[str, np.ndarray]]
+    """Makes the pixels of each file from features [h, w, D]."""
+    create: Callable[[Path], dict[str, CogWriter]]
+    """Opens the files in a folder, each under its final name."""
+    _writers: dict[str, CogWriter] = field(default_factory=dict)
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> _Cogs:
+        self._writers = self.create(self.parts.folder)
+        for writer in self._writers.values():
+            self._open.enter_context(writer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+        if kind is None:
+            for name, writer in self._writers.items():
+                self._check(name, writer.path)
+            for writer in self._writers.values():
+                for name in (f"{writer.path.name}.aux.xml", writer.path.name):
+                    fresh, final = self.parts.folder / name, self.parts.out.with_name(name)
+                    if fresh.exists():
+                        fresh.replace(final)
+                    else:
+                        final.unlink(missing_ok=True)
+
+    def put(self, tile: Tile, features: np.ndarray) -> None:
+        pixels = self.convert(features)
+        self.parts.save(tile, pixels)
+        self._write(tile, pixels)
+
+    def again(self, tile: Tile) -> None:
+        self._write(tile, self.parts.load(tile))
+
+    def _write(self, tile: Tile, pixels: Mapping[str, np.ndarray]) -> None:
+        for name, writer in self._writers.items():
+            writer.write(_file_window(tile), pixels[name])
+
+    def _check(self, name: str, path: Path) -> None:
+        """Compare a file with the tiles: GDAL does not always say when a disk is full."""
+        with rasterio.open(path) as file:
+            for tile in self.tiles():
+                written = self.parts.load(tile)[name]
+                if not np.array_equal(
+                    file.read(window=_file_window(tile)), written.reshape(-1, *written.shape[-2:]), True
+                ):
+                    raise OSError(f"{path.name} does not hold what was written, as happens on a full disk")
+
+
+def _file_window(tile: Tile) -> FileWindow:
+    return FileWindow(tile.core.col, tile.core.row, tile.core.width, tile.core.height)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Zarr:
+    """Tiles into a Zarr store, one shard each, so that a killed job finds its shards whole."""
+
+    parts: Parts
+    num_tiles: int
+    create: Callable[[Path], None]
+
+    @property
+    def _path(self) -> Path:
+        return self.parts.folder / "store"
+
+    def __enter__(self) -> _Zarr:
+        moved = len(self.parts) == self.num_tiles and self.parts.out.exists()
+        if not self._path.exists() and not moved:
+            self.parts.forget()
+            fresh = self.parts.folder / "fresh"
+            shutil.rmtree(fresh, ignore_errors=True)
+            self.create(fresh)
+            fresh.replace(self._path)
+        # What zarr had begun to write when the job was killed.
+        for leftover in self._path.rglob("*.partial"):
+            leftover.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        out = self.parts.out
+        if kind is None and self._path.exists():
+            if out.exists():
+                out.replace(self.parts.folder / "replaced")
+            self._path.replace(out)
+
+    def put(self, tile: Tile, features: np.ndarray) -> None:
+        write_zarr(self._path, tile.core, features)
+        self.parts.save(tile, {})
+
+    def again(self, tile: Tile) -> None:
+        """Nothing is to be done: its shard is in the store."""
+
+
+def _map_sink(probe: Probe, work: Encoding | Stored, out: Path, beside: Path | None, parts: Parts) -> _Cogs:
+    """Write predictions into `out` and probabilities into `beside`."""
+    nodata, dtype = _nodata(probe)
+    categories = {c.code: c.name for c in probe.classes}
+    palette = {c.code: c.colour for c in probe.classes if c.colour is not None}
+
+    def convert(features: np.ndarray) -> dict[str, np.ndarray]:
+        seen = np.isfinite(features).all(-1)
+        pixels = {"map": np.full(seen.shape, nodata, dtype)}
+        pixels["map"][seen] = probe.predict(features[seen])
+        if beside is not None:
+            pixels["probabilities"] = np.full((len(probe.classes), *seen.shape), np.nan, np.float32)
+            pixels["probabilities"][:, seen] = probe.probabilities(features[seen]).T
+        return pixels
+
+    def create(folder: Path) -> dict[str, CogWriter]:
+        classes = CogWriter(
+            folder / out.name,
+            work.grid,
+            1,
+            dtype,
+            nodata=nodata,
+            palette=palette if dtype == "uint8" else None,
+            categories=categories or None,
+        )
+        writers = {"map": classes}
+        if beside is not None:
+            names = [c.name for c in probe.classes]
+            writers["probabilities"] = CogWriter(
+                folder / beside.name, work.grid, len(names), "float32", nodata=math.nan, band_names=names
+            )
+        return writers
+
+    return _Cogs(parts=parts, tiles=work.tiles, convert=convert, create=create)
+
+
+def _nodata(probe: Probe) -> tuple[float, str]:
+    """Choose a value that is no class, 0 where it is free, and the smallest type that holds it and the codes."""
+    if probe.task == "values":
+        return math.nan, "float32"
+    codes = {c.code for c in probe.classes}
+    if min(codes) < 0 or max(codes) > 65534:
+        raise InputError(f"the class codes go from {min(codes)} to {max(codes)}; a map holds 0 to 65534")
+    free = next(value for value in (0, 255, 65535) if value not in codes)
+    return free, "uint8" if max(*codes, free) < 256 else "uint16"
+
+
+def _map_asset(probe: Probe, out: Path) -> pystac.Asset:
+    nodata, dtype = _nodata(probe)
+    classes = [
+        {
+            "value": c.code,
+            "name": c.name,
+            **({"color_hint": "{:02X}{:02X}{:02X}".format(*c.colour)} if c.colour else {}),
+        }
+        for c in probe.classes
+    ]
+    fields = {"classification:classes": classes} if classes else {}
+    return _tif_asset(out, data_type=dtype, nodata="nan" if math.isnan(nodata) else nodata, **fields)
+
+
+def _tif_asset(path: Path, **fields: Any) -> pystac.Asset:
+    return pystac.Asset(str(path.absolute()), media_type=pystac.MediaType.COG, roles=["data"], extra_fields=fields)
+
+
+def _probe_passport(probe: Probe) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(probe.tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "kind": probe.kind,
+        "task": probe.task,
+        "neighbours": probe.neighbours,
+        "classes": [{"name": c.name, "code": c.code, "colour": c.colour} for c in probe.classes],
+        "sha256": digest.hexdigest(),
+    }
