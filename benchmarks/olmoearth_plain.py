@@ -18,6 +18,8 @@ from panterra.models.positions import days_since_2000, sincos1d
 
 
 class PlainBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
@@ -35,7 +37,8 @@ class PlainBlock(nn.Module):
         attn = None if mask is None else mask[:, None, None, :].expand(b, self.heads, n, n)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn)
         x = x + self.proj(y.transpose(1, 2).reshape(b, n, d))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        mlp: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + mlp
 
     def turn(self, x: Tensor, places: Tensor) -> Tensor:
         assert self.freqs is not None
@@ -62,7 +65,7 @@ class PlainOlmoEarth(nn.Module):
                 renamed |= {f"q.{kind}": q, f"k.{kind}": k, f"v.{kind}": v}
             block.load_state_dict(renamed)
             if c.position == "rope_3d_mixed":
-                block.freqs = state["rotary.frequencies"][i]  # type: ignore[assignment]
+                block.freqs = state["rotary.frequencies"][i]
         self.norm = nn.LayerNorm(c.dim)
         self.norm.load_state_dict({k: state[f"norm.{k}"] for k in ("weight", "bias")})
         self.state = state

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +367,7 @@ class OlmoEarth(nn.Module):
             keys = None if keys is None else F.pad(keys, (extra, 0), value=True)
         in_place = not (torch.is_grad_enabled() or self.training)
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[-1]) if in_place else None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             turn = self.rotary.turn(place, i) if self.rotary is not None and place is not None else None
             if qkv is None:
                 x = block(x, turn=turn, visible=keys)

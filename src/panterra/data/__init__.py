@@ -1,0 +1,1 @@
+"""Data sets: pretraining corpora, one short module per format on disk."""

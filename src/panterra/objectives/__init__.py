@@ -1,0 +1,1 @@
+"""Objectives: from views of a batch to a loss."""

@@ -1,0 +1,316 @@
+"""How far predicted tokens are from their targets, and views of one sample from each other (spec 3.4).
+
+Losses of tokens take pairs: for each modality the predicted and the target tokens to compare, padded to the sample that
+has most. All is computed in float32 and without a loop over samples. With `across_ranks` a loss is that of the batches
+of all processes together, given that gradients are averaged over processes, as DDP and FSDP do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from panterra.errors import InputError
+from panterra.models.predictor import Chosen
+
+_NEVER = -1e30
+"""A logit without any weight; minus infinity would make NaN of the gradients of samples that have no tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Predicted tokens beside their targets."""
+
+    predicted: Float[Tensor, "b k d"]
+    target: Float[Tensor, "b k d"]
+    valid: Bool[Tensor, "b k"]
+    """False for padding."""
+
+
+Pairs = Mapping[str, Pair]
+
+
+def pair_up(
+    predicted: Float[Tensor, "b k d"], target: Float[Tensor, "b k d"], chosen: Chosen, sizes: Mapping[str, int]
+) -> dict[str, Pair]:
+    """Split tokens chosen from all modalities in line into each modality's pairs."""
+    ends = torch.tensor(list(sizes.values()), device=predicted.device).cumsum(0)
+    modality = torch.searchsorted(ends, chosen.index, right=True)
+    counts = torch.stack([(chosen.valid & (modality == i)).sum(1) for i in range(len(sizes))])
+    starts, longest = counts.cumsum(0) - counts, counts.amax(1).tolist()
+    pairs = {}
+    for i, name in enumerate(sizes):
+        places = torch.arange(longest[i], device=predicted.device)
+        inside = Chosen(
+            index=(starts[i][:, None] + places).clamp(max=predicted.shape[1] - 1), valid=places < counts[i][:, None]
+        )
+        pairs[name] = Pair(predicted=inside.take(predicted), target=inside.take(target), valid=inside.valid)
+    return pairs
+
+
+def join(pairs: Pairs) -> Pair:
+    """Line up the tokens of all modalities."""
+    return Pair(
+        predicted=torch.cat([pair.predicted for pair in pairs.values()], dim=1),
+        target=torch.cat([pair.target for pair in pairs.values()], dim=1),
+        valid=torch.cat([pair.valid for pair in pairs.values()], dim=1),
+    )
+
+
+def patch_discrimination(
+    pair: Pair,
+    *,
+    temperature: float = 0.1,
+    standardise: bool = False,
+    same_target: float | None = None,
+    across_ranks: bool = False,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of picking each token's own target among its sample's, times twice the temperature.
+
+    The mean over a sample's tokens, then over the samples that have any. `standardise` first gives predictions unit
+    variance over the batch, per dimension. With `same_target`, targets whose cosine exceeds it do not count as each
+    other's negatives; a sample in which some token is left without any negative is skipped.
+    """
+    predicted = _standardised(pair, across_ranks=across_ranks) if standardise else pair.predicted
+    p, t = _unit(predicted), _unit(pair.target)
+    logits = p @ t.mT / temperature
+    own = logits.diagonal(dim1=1, dim2=2)
+    allowed = pair.valid[:, None, :]
+    number = pair.valid.sum(1)
+    counted = number > 0
+    if same_target is not None:
+        alike = t @ t.mT > same_target
+        stranded = pair.valid & ~(allowed & ~alike).any(2)
+        counted = counted & ~(stranded.any(1) & (number > 1))
+        alike.diagonal(dim1=1, dim2=2).fill_(False)
+        allowed = allowed & ~alike
+    loss = logits.masked_fill(~allowed, _NEVER).logsumexp(2) - own
+    per_sample = _masked_mean(loss, pair.valid) * 2 * temperature
+    return _mean_where(per_sample, counted, across_ranks=across_ranks)
+
+
+def adjusted_patch_discrimination(
+    pair: Pair, *, temperature: float = 0.1, mean: float = 0.7, std: float = 1.0, across_ranks: bool = False
+) -> Float[Tensor, ""]:
+    """Patch discrimination in which negatives weigh by how close they are to being confused.
+
+    A negative's logit is multiplied by a Gaussian of its cosine, relative to the other negatives of its token.
+    """
+    cosine = _unit(pair.predicted) @ _unit(pair.target).mT
+    own = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
+    negative = pair.valid[:, None, :] & ~own
+    weight = (-0.5 * ((cosine.detach() - mean) / std) ** 2).exp().masked_fill(~negative, 0.0)
+    weight = weight / _masked_mean(weight, negative)[..., None].clamp(min=torch.finfo(weight.dtype).tiny)
+    logits = torch.where(negative, cosine * weight, cosine) / temperature
+    loss = logits.masked_fill(~(negative | own), _NEVER).logsumexp(2) - logits.diagonal(dim1=1, dim2=2)
+    per_sample = _masked_mean(loss, pair.valid) * 2 * temperature
+    return _mean_where(per_sample, pair.valid.any(1), across_ranks=across_ranks)
+
+
+def all_discrimination(pair: Pair, *, temperature: float = 0.1) -> Float[Tensor, ""]:
+    """Cross-entropy of picking each token's own target among those of the whole batch; each sample weighs the same."""
+    p, t = _unit(pair.predicted[pair.valid]), _unit(pair.target[pair.valid])
+    logits = p @ t.mT / temperature
+    loss = logits.logsumexp(1) - logits.diagonal()
+    share = (1 / pair.valid.sum(1, keepdim=True)).expand_as(pair.valid)[pair.valid]
+    return (loss * share).sum() / len(pair.valid) * 2 * temperature
+
+
+def distance(pair: Pair, *, power: Literal[1, 2], across_ranks: bool = False) -> Float[Tensor, ""]:
+    """Average the absolute (1) or squared (2) difference of predictions and targets over all elements."""
+    difference = pair.predicted.float() - pair.target.float()
+    per_token = (difference.abs() if power == 1 else difference.square()).mean(-1)
+    return _mean_where(per_token, pair.valid, across_ranks=across_ranks)
+
+
+def cosine_similarity(pair: Pair, *, across_ranks: bool = False) -> Float[Tensor, ""]:
+    """Average the negative cosine of predictions and targets over all tokens."""
+    cosine = F.cosine_similarity(pair.predicted.float(), pair.target.float(), dim=-1)
+    return _mean_where(-cosine, pair.valid, across_ranks=across_ranks)
+
+
+def class_cross_entropy(pair: Pair, *, across_ranks: bool = False) -> Float[Tensor, ""]:
+    """Average the cross-entropy over all tokens; predictions are logits [b, k, classes], targets classes [b, k, 1]."""
+    loss = F.cross_entropy(pair.predicted.float().mT, pair.target[..., 0].long(), reduction="none")
+    return _mean_where(loss, pair.valid, across_ranks=across_ranks)
+
+
+def over_modalities(
+    loss: Callable[[Pair], Tensor], pairs: Pairs, *, weights: Mapping[str, float] | None = None
+) -> dict[str, Float[Tensor, ""]]:
+    """Give each modality's loss times its weight (1 unless given); their sum is the modality-wise form of a loss."""
+    return {name: loss(pair) * (weights or {}).get(name, 1.0) for name, pair in pairs.items()}
+
+
+def info_nce(
+    a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], *, temperature: float = 0.1, across_ranks: bool = False
+) -> Float[Tensor, ""]:
+    """Cross-entropy of picking each sample's second view among those of the batch, in one direction.
+
+    The published code compares within one process; `across_ranks` compares with the samples of all of them.
+    """
+    p, t = _unit(a), _unit(b)
+    own = torch.arange(len(p), device=p.device)
+    if across_ranks and _distributed():
+        t, own = _gather(t), own + dist.get_rank() * len(p)
+    return F.cross_entropy(p @ t.mT / temperature, own)
+
+
+def koleo(x: Float[Tensor, "n d"], *, eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Average the negative log distance of unit vectors to their nearest neighbours, which spreads them out."""
+    x = F.normalize(x.float(), dim=-1, eps=eps)
+    with torch.no_grad():
+        nearest = (x @ x.mT).fill_diagonal_(-2).argmax(1)
+    return -(F.pairwise_distance(x, x[nearest], eps=eps) + eps).log().mean()
+
+
+def _modality_patch_discrimination(
+    pairs: Pairs,
+    *,
+    tau: float = 0.1,
+    weight: float = 1.0,
+    modality_weights: Mapping[str, float] | None = None,
+    pred2unit: bool = False,
+    across_ranks: bool = False,
+) -> dict[str, Tensor]:
+    loss = partial(patch_discrimination, temperature=tau, standardise=pred2unit, across_ranks=across_ranks)
+    return _times(weight, over_modalities(loss, pairs, weights=modality_weights))
+
+
+def _masked_negatives(
+    pairs: Pairs,
+    *,
+    tau: float = 0.1,
+    weight: float = 1.0,
+    modality_weights: Mapping[str, float] | None = None,
+    pred2unit: bool = False,
+    same_target_threshold: float = 0.999,
+    mask_negatives_for_modalities: Collection[str] | None = None,
+    across_ranks: bool = False,
+) -> dict[str, Tensor]:
+    def loss(name: str, pair: Pair) -> Tensor:
+        listed = mask_negatives_for_modalities is None or name in mask_negatives_for_modalities
+        return patch_discrimination(
+            pair,
+            temperature=tau,
+            standardise=pred2unit,
+            same_target=same_target_threshold if listed else None,
+            across_ranks=across_ranks,
+        )
+
+    weights = modality_weights or {}
+    return _times(weight, {name: loss(name, pair) * weights.get(name, 1.0) for name, pair in pairs.items()})
+
+
+def _together(loss: Callable[..., Tensor], pairs: Pairs, *, weight: float = 1.0, **options: Any) -> dict[str, Tensor]:
+    if "tau" in options:
+        options["temperature"] = options.pop("tau")
+    return {"all": weight * loss(join(pairs), **options)}
+
+
+def _apart(loss: Callable[..., Tensor], pairs: Pairs, *, weight: float = 1.0, **options: Any) -> dict[str, Tensor]:
+    if "tau" in options:
+        options["temperature"] = options.pop("tau")
+    return _times(weight, over_modalities(partial(loss, **options), pairs))
+
+
+def _times(weight: float, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight * loss for name, loss in losses.items()}
+
+
+LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "modality_patch_discrimination": _modality_patch_discrimination,
+    "modality_patch_discrimination_new": _modality_patch_discrimination,
+    "modality_patch_discrimination_vec": _modality_patch_discrimination,
+    "modality_patch_discrimination_masked_negatives": _masked_negatives,
+    "modality_patch_discrimination_masked_negatives_vec": _masked_negatives,
+    "patch_discrimination": partial(_together, patch_discrimination),
+    "patch_discrimination_new": partial(_together, patch_discrimination),
+    "adjusted_patch_discrimination": partial(_together, adjusted_patch_discrimination),
+    "all_discrimination": partial(_together, all_discrimination),
+    "modality_all_discrimination": partial(_apart, all_discrimination),
+    "l1": partial(_together, partial(distance, power=1)),
+    "l2": partial(_together, partial(distance, power=2)),
+    "cosine_similarity": partial(_together, cosine_similarity),
+    "mae": partial(_together, partial(distance, power=1)),
+    "cross_entropy": partial(_together, class_cross_entropy),
+}
+"""Losses of tokens by their published names; each takes pairs and its published options and gives the terms to sum."""
+
+
+def token_loss(pairs: Pairs, config: Mapping[str, Any], *, across_ranks: bool = False) -> dict[str, Float[Tensor, ""]]:
+    """Compute a loss from a published configuration, {"type": name, option: value}: terms whose sum is the loss."""
+    options = dict(config)
+    name = options.pop("type")
+    if name not in LOSSES:
+        raise InputError(f"no loss {name!r}; known: {', '.join(LOSSES)}")
+    if across_ranks:
+        if name.endswith("all_discrimination"):
+            raise InputError(f"{name} compares within one process; choose another loss or across_ranks=False")
+        options["across_ranks"] = True
+    return LOSSES[name](pairs, **options)
+
+
+def _unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    return F.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def _masked_mean(x: Float[Tensor, "*b k"], valid: Bool[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
+    return torch.where(valid, x, 0.0).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def _standardised(pair: Pair, *, across_ranks: bool) -> Float[Tensor, "b k d"]:
+    """Give predictions zero mean and unit variance per dimension over all tokens of the batch."""
+    x = torch.where(pair.valid[..., None], pair.predicted.float(), 0.0)
+    number = _total(pair.valid.sum().float(), across_ranks=across_ranks)
+    mean = _total(x.sum((0, 1)), across_ranks=across_ranks) / number
+    spread = torch.where(pair.valid[..., None], x - mean, 0.0).square().sum((0, 1))
+    std = (_total(spread, across_ranks=across_ranks) / (number - 1)).sqrt()
+    return (x - mean) / (std + 1e-4)
+
+
+def _mean_where(x: Float[Tensor, "*b"], counted: Bool[Tensor, "*b"], *, across_ranks: bool) -> Float[Tensor, ""]:
+    """Average what counts, 0 where nothing does; the average of the ranks' results is that over all of them."""
+    world = dist.get_world_size() if across_ranks and _distributed() else 1
+    number = _total(counted.sum().float(), across_ranks=across_ranks) / world
+    return torch.where(counted, x, 0.0).sum() / number.clamp(min=1 / world)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _Gather(torch.autograd.Function):
+    """Line up all ranks' rows; each rank's rows get the gradients of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _gather(x: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
+    out: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _total(x: Tensor, *, across_ranks: bool) -> Tensor:
+    """Sum over ranks, gradients included."""
+    if not (across_ranks and _distributed()):
+        return x
+    return _gather(x.reshape(1, -1)).sum(0).reshape(x.shape)
