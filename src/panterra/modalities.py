@@ -105,8 +105,37 @@ def _colour(gsd: float, *, infrared: str | None = None) -> tuple[Band, ...]:
     return bands if infrared is None else (*bands, Band(name=infrared, gsd=gsd, wavelength=0.83, common="nir"))
 
 
-OSM_CATEGORIES = tuple(
-    ["aerialway_pylon", "aerodrome", "airstrip", "amenity_fuel", "building", "chimney", "communications_tower", "crane", "flagpole", "fountain", "generator_wind", "helipad", "highway", "leisure", "lighthouse", "obelisk", "observatory", "parking", "petroleum_well", "power_plant", "power_substation", "power_tower", "river", "runway", "satellite_dish", "silo", "storage_tank", "taxiway", "water_tower", "works"]
+OSM_CATEGORIES = (
+    "aerialway_pylon",
+    "aerodrome",
+    "airstrip",
+    "amenity_fuel",
+    "building",
+    "chimney",
+    "communications_tower",
+    "crane",
+    "flagpole",
+    "fountain",
+    "generator_wind",
+    "helipad",
+    "highway",
+    "leisure",
+    "lighthouse",
+    "obelisk",
+    "observatory",
+    "parking",
+    "petroleum_well",
+    "power_plant",
+    "power_substation",
+    "power_tower",
+    "river",
+    "runway",
+    "satellite_dish",
+    "silo",
+    "storage_tank",
+    "taxiway",
+    "water_tower",
+    "works",
 )
 
 WORLDCEREAL_PRODUCTS = tuple(
@@ -133,6 +162,8 @@ ERA5_BANDS = (
     "10m-v-component-of-wind",
     "total-precipitation",
 )
+
+ERA5_LAND_BANDS = ("d2m", "e", "pev", "ro", "sp", "ssr", "ssrd", "str", "swvl1", "swvl2", "t2m", "tp", "u10", "v10")
 
 _S2_L2A = ["B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09"]
 _LANDSAT = ["B8", "B1", "B2", "B3", "B4", "B5", "B6", "B7", "B9", "B10", "B11"]
@@ -376,7 +407,7 @@ MODALITIES: dict[str, Modality] = {
         Modality(
             name="era5l_day_10",
             title="ERA5-Land daily weather",
-            bands=_plain(9000, *["d2m", "e", "pev", "ro", "sp", "ssr", "ssrd", "str", "swvl1", "swvl2", "t2m", "tp", "u10", "v10"]),
+            bands=_plain(9000, *ERA5_LAND_BANDS),
             unit="physical",
             gsd=2560,
             kind="weather",
