@@ -86,7 +86,7 @@ class Batch:
     lonlat: Tensor | None = None
     """float64 [B, 2], the centre of each sample in degrees, where known."""
     pixel_m: float = field(default=10.0)
-    """Metres per pixel of the common grid; a modality declared finer in `MODALITIES` has that many times more pixels."""
+    """Metres per pixel of the common grid; a modality that `MODALITIES` declares finer has as many more pixels."""
 
     def __post_init__(self) -> None:
         if not self.observations:
