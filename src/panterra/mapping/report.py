@@ -29,7 +29,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassScores:
-    """How well one class is found; `support` counts its held-out labels."""
+    """How well one class is found; `support` counts its labelled patches."""
 
     name: str
     colour: Colour
@@ -224,10 +224,10 @@ def _classes(classes: Sequence[ClassScores]) -> str:
         for c in classes
     )
     return (
-        '<p class="quiet" id="per-class">Per class, on held-out labels. Precision: how often the map is right where it '
-        "says the class. Recall: how much of the class it finds. F1 joins both.</p>\n"
+        '<p class="quiet" id="per-class">Per class, on held-out patches. Precision: how often the map is right '
+        "where it says the class. Recall: how much of the class it finds. F1 joins both.</p>\n"
         '<div class="scroll" tabindex="0">\n<table aria-describedby="per-class">\n'
-        '<thead><tr><th scope="col">Class</th><th scope="col">Labels</th><th scope="col">Precision</th>'
+        '<thead><tr><th scope="col">Class</th><th scope="col">Patches</th><th scope="col">Precision</th>'
         '<th scope="col">Recall</th><th scope="col">F1</th><th scope="col">F1 from 0 to 1</th></tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
     )
@@ -246,8 +246,8 @@ def _confusion(page: Page) -> str:
         )
         rows.append(f'<tr><th scope="row">{_swatch(c.colour)}{escape(c.name)}</th>{cells}</tr>')
     return (
-        '<h2>What is taken for what</h2>\n<p class="quiet" id="confusion">Held-out labels. Rows: what the label says. '
-        "Columns: what the map says. Shading: share of the row.</p>\n"
+        '<h2>What is taken for what</h2>\n<p class="quiet" id="confusion">Held-out patches. Rows: what the '
+        "label says. Columns: what the map says. Shading: share of the row.</p>\n"
         '<div class="scroll" tabindex="0">\n<table class="confusion" aria-describedby="confusion">\n'
         f'<thead><tr><th scope="col">Label</th>{columns}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody>\n"
         "</table>\n</div>"

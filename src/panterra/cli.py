@@ -1,0 +1,374 @@
+"""The command line: parse, one call, answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from panterra import __version__
+from panterra.errors import InputError
+
+if TYPE_CHECKING:
+    from panterra.evaluate.metrics import Interval
+
+DEMO_MODEL = "olmoearth-v1.2-nano"
+
+app = App(
+    name="panterra",
+    help="From satellite imagery to a checked map with an Earth-observation foundation model.",
+    help_epilogue="Start with `panterra demo`; each command's `--help` ends in an example.",
+    help_format="markdown",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
+)
+
+Json = Annotated[bool, Parameter(name="--json", show_default=False, help="Print the result as JSON and nothing else.")]
+SceneAddress = Annotated[str, Parameter(help="A scene: a folder with scene.json, or the address of an ItemCollection.")]
+ModelName = Annotated[str, Parameter(name="--model", help="A released name (see `panterra models`), or a folder.")]
+RandomSeed = Annotated[
+    int | None,
+    Parameter(name="--random", help="Draw the weights from this seed instead of loading them: trials and baselines."),
+]
+ModalityNames = Annotated[list[str], Parameter(consume_multiple=True, help="Which modalities to show the model.")]
+PatchM = Annotated[float, Parameter(help="Side of a patch in metres: the pixel of the result.")]
+WindowPx = Annotated[int, Parameter(help="Side of what the model sees at once, in pixels of the common grid.")]
+OverlapPx = Annotated[int, Parameter(help="How far windows overlap; features are blended there.")]
+TilePx = Annotated[int, Parameter(help="Side of a unit of work: bounds memory; the result does not depend on it.")]
+Overwrite = Annotated[bool, Parameter(show_default=False, help="Replace what is there.")]
+Country = Annotated[str, Parameter(help="ISO 3166 code, such as FRA: turns electricity into CO2 equivalents.")]
+LabelColumn = Annotated[str, Parameter(help="Column with the class or value, where its name does not say it.")]
+BlockM = Annotated[float, Parameter(help="Side of the spatial blocks that keep neighbours in one part.")]
+
+
+@app.command(
+    sort_key=1,
+    help_epilogue="Example: `panterra demo --scene my-scene --labels plots.gpkg --model olmoearth-v1.2-tiny`",
+)
+def demo(
+    *,
+    out: Annotated[Path, Parameter(help="Folder for everything that is made.")] = Path("demo"),
+    scene: Annotated[str | None, Parameter(help="A scene of your own instead of the procedural planet.")] = None,
+    labels: Annotated[Path | None, Parameter(help="Its labels: points or polygons with a class.")] = None,
+    column: LabelColumn | None = None,
+    model: Annotated[str | None, Parameter(help="Released name or folder; random weights if left out.")] = None,
+    random: RandomSeed = None,
+    patch_m: PatchM = 20,
+    window_px: WindowPx | None = None,
+    block_m: BlockM = 500,
+    size_px: Annotated[int, Parameter(help="Side of the planet's scene in 10 m pixels.")] = 384,
+    seed: Annotated[int, Parameter(help="Which planet.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make imagery, embed it, fit a probe on 200 labels, write a map and a report about it."""
+    from panterra.commands.demo import open_in_browser, run_demo
+    from panterra.commands.terminal import show_json
+
+    result = run_demo(
+        out,
+        scene=scene,
+        labels=labels,
+        column=column,
+        model=model or DEMO_MODEL,
+        random=0 if model is None and random is None else random,
+        patch_m=patch_m,
+        window_px=window_px,
+        block_m=block_m,
+        size_px=size_px,
+        seed=seed,
+    )
+    if as_json:
+        show_json(result)
+        return
+    print(result["report"])
+    open_in_browser(result["report"])
+
+
+@app.command(sort_key=2, help_epilogue="Example: `panterra models`")
+def models(*, as_json: Json = False) -> None:
+    """List the released models, their sizes and their licences."""
+    from panterra.commands.terminal import show_json, show_table
+    from panterra.models.weights import MODELS
+
+    if as_json:
+        show_json({name: asdict(card) for name, card in MODELS.items()})
+        return
+    show_table(
+        ["name", "family", "parameters", "embedding", "licence", "weights from"],
+        [(m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence, m.address) for m in MODELS.values()],
+    )
+    for terms in dict.fromkeys(m.terms for m in MODELS.values()):
+        print(f"\n{terms}")
+
+
+@app.command(sort_key=3, help_epilogue="Example: `panterra doctor scene --model olmoearth-v1.2-nano --repair repaired`")
+def doctor(
+    scene: SceneAddress,
+    /,
+    *,
+    model: ModelName | None = None,
+    repair: Annotated[Path | None, Parameter(help="Write a scene with the exact fixes applied to this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare what a scene holds with what a model expects; name each mismatch and its fix."""
+    from panterra.commands.terminal import note, show_json, show_table
+    from panterra.imagery import doctor as examination
+    from panterra.imagery.stac import open_scene
+
+    opened = open_scene(scene)
+    findings = examination.examine(opened, _modalities_of(model) if model else None)
+    if as_json:
+        show_json(
+            [
+                {"level": f.level, "modality": f.modality, "what": f.what, "fix": f.fix, "exact": f.exact}
+                for f in findings
+            ]
+        )
+    else:
+        show_table(
+            ["", "modality", "what", "what to do"],
+            [(f.level, f.modality, f.what, f"{f.fix} (exact)" if f.exact and f.fix else f.fix) for f in findings],
+        )
+    if repair is not None:
+        examination.repair(opened, findings, repair)
+        note(f"The repaired scene is in {repair}; examine it once more with: panterra doctor {repair}")
+
+
+@app.command(
+    sort_key=4, help_epilogue="Example: `panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a`"
+)
+def fetch(
+    *,
+    from_files: Annotated[list[Path], Parameter(consume_multiple=True, help="GeoTIFFs, NetCDFs, folders of bands.")],
+    out: Annotated[Path, Parameter(help="Folder of the scene.")],
+    modality: Annotated[str | None, Parameter(help="What the files are, where their names do not say it.")] = None,
+    dates: Annotated[
+        list[str] | None, Parameter(consume_multiple=True, help="YYYY-MM-DD per file or time step.")
+    ] = None,
+    bands: Annotated[
+        list[str] | None, Parameter(consume_multiple=True, help="Name of each band in file order.")
+    ] = None,
+    unit: Annotated[str | None, Parameter(help="Unit of the numbers, such as reflectance or db.")] = None,
+    link: Annotated[bool, Parameter(show_default=False, help="Leave rasters where they are.")] = False,
+    title: Annotated[str | None, Parameter(help="Title of the scene.")] = None,
+    licence: Annotated[str | None, Parameter(help="Licence of the imagery; it travels with every output.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn your own rasters into a scene; what cannot be told from the files is asked for, never guessed."""
+    from panterra.commands.terminal import show_json
+    from panterra.imagery.files import scene_from_files
+
+    made = scene_from_files(
+        from_files,
+        out,
+        modality=modality,
+        dates=dates,
+        bands=bands,
+        unit=unit,
+        copy=not link,
+        title=title,
+        licence=licence,
+    )
+    days = {name: [str(day) for day in made.scene.dates(name)] for name in made.scene.modalities}
+    if as_json:
+        show_json({"scene": str(out), "dates": days, "decisions": made.decisions})
+        return
+    for decision in made.decisions:
+        print(decision)
+    for name, seen in days.items():
+        print(f"{name}: {len(seen)} dates, {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"{name}: {seen[0]}")
+    print(f"{out} is a scene; examine it with: panterra doctor {out}")
+
+
+@app.command(
+    sort_key=5,
+    help_epilogue="Example: `panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8`",
+)
+def embed(
+    scene: SceneAddress,
+    /,
+    *,
+    model: ModelName,
+    out: Annotated[Path, Parameter(help="A Zarr store, or a GeoTIFF where the name ends in .tif.")],
+    random: RandomSeed = None,
+    patch_m: PatchM = 40,
+    modalities: ModalityNames | None = None,
+    dtype: Annotated[Literal["float32", "float16", "int8"], Parameter(help="How numbers are stored.")] = "float32",
+    window_px: WindowPx = 64,
+    overlap_px: OverlapPx = 16,
+    tile_px: TilePx | None = None,
+    overwrite: Overwrite = False,
+    country: Country | None = None,
+    as_json: Json = False,
+) -> None:
+    """Embed a scene: one vector per patch. A stopped run goes on where it was."""
+    from panterra.commands.terminal import progress_bar, show_json
+    from panterra.mapping import run
+    from panterra.models.weights import load_model
+
+    with progress_bar("embedding") as progress:
+        store = run.embed(
+            scene,
+            load_model(model, random=random),
+            out,
+            patch_m=patch_m,
+            modalities=modalities,
+            window_px=window_px,
+            overlap_px=overlap_px,
+            tile_px=tile_px,
+            dtype=dtype,
+            overwrite=overwrite,
+            country=country,
+            progress=progress,
+        )
+    rows, cols = store.box.shape
+    if as_json:
+        show_json({"embeddings": str(out), "rows": rows, "cols": cols, "dim": store.dim, "patch_m": patch_m})
+    else:
+        print(f"{out}: {rows} x {cols} patches of {patch_m:g} m, {store.dim} numbers each")
+
+
+@app.command(
+    sort_key=6, help_epilogue="Example: `panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop`"
+)
+def probe(
+    source: Annotated[str, Parameter(help="Embeddings that `panterra embed` wrote, or a scene to embed first.")],
+    /,
+    *,
+    labels: Annotated[Path, Parameter(help="Points or polygons with a class or value column, or a raster of codes.")],
+    out: Annotated[Path, Parameter(help="Folder of the probe.")],
+    kind: Annotated[
+        Literal["logistic", "knn", "ridge"], Parameter(help="Ridge and knn also know values.")
+    ] = "logistic",
+    column: LabelColumn | None = None,
+    split: Annotated[Literal["blocks", "random"], Parameter(help="Random flatters: neighbours look alike.")] = "blocks",
+    block_m: BlockM = 500,
+    folds: Annotated[int, Parameter(help="Rounds of testing, each on other blocks.")] = 5,
+    seed: int = 42,
+    model: Annotated[str | None, Parameter(help="Where the source is a scene: the model to embed it with.")] = None,
+    random: RandomSeed = None,
+    patch_m: PatchM = 40,
+    as_json: Json = False,
+) -> None:
+    """Fit a probe to labels and report what it scores where it has not been."""
+    from panterra.commands.probe import as_embeddings, fit_to_labels
+    from panterra.commands.terminal import show_json, show_table
+
+    store = as_embeddings(source, beside=out, model=model, random=random, patch_m=patch_m)
+    fitted = fit_to_labels(
+        store, labels, column=column, kind=kind, split=split, block_m=block_m, folds=folds, seed=seed
+    )
+    fitted.probe.save(out)
+    report = fitted.report
+    if as_json:
+        show_json({"probe": str(out), "left_out": fitted.left_out, **report.as_dict()})
+        return
+    show_table(["", "held out", "95 % interval"], [(name, *_figures(i)) for name, i in report.metrics.items()])
+    if report.classes:
+        print()
+        show_table(
+            ["class", "labels", "precision", "recall", "F1", "95 % interval"],
+            [
+                (c.name, c.support, _figures(c.precision)[0], _figures(c.recall)[0], *_figures(c.f1))
+                for c in report.classes
+            ],
+        )
+    print(f"\n{out}: {kind} probe on {report.num_samples} labelled patches in {report.num_groups} groups")
+
+
+@app.command(sort_key=7, help_epilogue="Example: `panterra map scene --probe probe --out map.tif --probabilities`")
+def map(
+    source: Annotated[str, Parameter(help="A scene, or embeddings that `panterra embed` wrote.")],
+    /,
+    *,
+    probe: Annotated[Path, Parameter(help="Folder that `panterra probe` wrote.")],
+    out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
+    probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
+    model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,
+    random: RandomSeed = None,
+    tile_px: TilePx | None = None,
+    overwrite: Overwrite = False,
+    country: Country | None = None,
+    as_json: Json = False,
+) -> None:
+    """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
+    from panterra.commands.terminal import progress_bar, show_json
+    from panterra.mapping import run
+    from panterra.models.weights import load_model
+
+    with progress_bar("mapping") as progress:
+        result = run.map(
+            source,
+            probe,
+            out,
+            model=load_model(model, random=random) if model else None,
+            probabilities=probabilities,
+            tile_px=tile_px,
+            overwrite=overwrite,
+            country=country,
+            progress=progress,
+        )
+    energy = result.energy
+    if as_json:
+        show_json(
+            {
+                "map": str(result.path),
+                "probabilities": str(result.probabilities) if result.probabilities else None,
+                "passport": str(result.passport),
+                "seconds": result.seconds,
+                "encoder_seconds": result.encoder_seconds,
+                "energy": energy.as_dict(),
+            }
+        )
+        return
+    print(f"{result.path}: {result.seconds:.0f} s, {energy.kwh * 1000:.3g} Wh ({energy.method}); {result.passport}")
+
+
+def _modalities_of(model: str) -> tuple[str, ...]:
+    """Say what a model looks at, without fetching the weights of a released one."""
+    from panterra.models.weights import MODELS, load_model
+
+    return load_model(model, random=0 if model in MODELS else None).modalities
+
+
+def _figures(interval: Interval) -> tuple[str, str]:
+    return f"{interval.estimate:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for what a person can put right, 130 after Ctrl-C."""
+    try:
+        app(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+    except (CycloptsError, InputError) as error:
+        return _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("panterra"):
+            raise
+        return _fail(f"this command needs {error.name}; install it with: pip install 'panterra[all]'", 2)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"panterra: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What a command says: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Advance = Callable[[int, int], None]
+"""Called with what is done and the total."""
+
+
+def note(text: str) -> None:
+    """Tell the person in front of the terminal something that is not part of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(result: object) -> None:
+    """Print a result for machines."""
+    print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; a pipe or a file gets it unwrapped and without colour."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    with console.capture() as text:
+        console.print(table, soft_wrap=not console.is_terminal)
+    # rich would end the program where the reader has left; print raises BrokenPipeError, which the command line knows.
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Advance]:
+    """Show a bar on stderr while the block runs; nothing where stderr is not a terminal."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

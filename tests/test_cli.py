@@ -1,0 +1,202 @@
+"""The command line as a person meets it; the whole path runs on a small planet."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+
+from panterra.cli import app, main
+from panterra.planet import write_planet_scene
+
+COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map")
+RANDOM = ("--model", "olmoearth-v1.2-nano", "--random", "0")
+
+
+def answer(capsys, *arguments):
+    """Run a command in this process and read its JSON, which must be all that stdout holds."""
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def complaint(capsys, *arguments):
+    """Run a command that must fail as a person can put right, and return its one line."""
+    assert main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("panterra: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in COMMANDS)
+    assert {name for name in app if not name.startswith("-")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_in_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    last = capsys.readouterr().out.strip().split("Example: ")[-1]
+    assert last.startswith(f"panterra {name}")
+    app.parse_args(" ".join(last.split()).split()[1:], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mapp"], "mapp"),
+        (["doctor"], "SCENE"),
+        (["embed", "scene", "--model", "x", "--out", "y", "--patch-m", "wide"], "--patch-m"),
+        (["embed", "scene", "--modell", "x"], "--model"),
+        (["doctor", "nowhere"], "nowhere"),
+        (["embed", "nowhere", "--out", "o.zarr", *RANDOM], "nowhere"),
+        (["map", "nowhere", "--probe", "nothing", "--out", "o.tif"], "no"),
+        (["models", "surplus"], "surplus"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in complaint(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_say_their_licence(capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "OlmoEarth Artifact License" in out
+    assert "military" in out
+    cards = answer(capsys, "models")
+    assert cards["olmoearth-v1.2-nano"]["dim"] == 128
+    assert all(card["licence"] and card["address"] for card in cards.values())
+
+
+@pytest.fixture(scope="module")
+def planet(tmp_path_factory):
+    """A small scene with labels."""
+    return write_planet_scene(tmp_path_factory.mktemp("planet") / "scene", size_px=96, labels=110)
+
+
+@pytest.fixture(scope="module")
+def embeddings(planet):
+    out = planet.parent / "embeddings.zarr"
+    assert main(["embed", str(planet), "--out", str(out), "--window-px", "32", "--overlap-px", "8", *RANDOM]) == 0
+    return out
+
+
+def probe_arguments(embeddings, planet, out):
+    return "probe", embeddings, "--labels", planet / "labels.geojson", "--out", out, "--block-m", 120, "--folds", 3
+
+
+def test_from_scene_to_map(planet, embeddings, tmp_path, capsys):
+    capsys.readouterr()
+    report = answer(capsys, *probe_arguments(embeddings, planet, tmp_path / "probe"))
+    assert report["num_samples"] + report["left_out"] > 80
+    assert 0 <= report["metrics"]["accuracy"]["low"] <= report["metrics"]["accuracy"]["high"] <= 1
+    result = answer(
+        capsys, "map", embeddings, "--probe", tmp_path / "probe", "--out", tmp_path / "map.tif", "--probabilities"
+    )
+    with rasterio.open(result["map"]) as mapped, rasterio.open(result["probabilities"]) as shares:
+        assert mapped.shape == shares.shape == (24, 24)
+        assert mapped.nodata == 0
+        codes = mapped.read(1)
+        assert set(np.unique(codes)) <= set(range(12))
+        likeliest = shares.read().argmax(axis=0) + 1
+        np.testing.assert_array_equal(codes[codes > 0], likeliest[codes > 0])
+    passport = json.loads(Path(result["passport"]).read_text())
+    assert "random weights" in json.dumps(passport)
+    again = answer(capsys, "map", embeddings, "--probe", tmp_path / "probe", "--out", tmp_path / "b.tif")
+    assert Path(again["map"]).read_bytes() == Path(result["map"]).read_bytes()
+    assert "overwrite" in complaint(
+        capsys, "map", embeddings, "--probe", tmp_path / "probe", "--out", tmp_path / "b.tif"
+    )
+
+
+def test_a_probe_of_a_scene_embeds_it_first(planet, tmp_path, capsys):
+    assert "--model" in complaint(capsys, *probe_arguments(planet, planet, tmp_path / "probe"))
+    report = answer(capsys, *probe_arguments(planet, planet, tmp_path / "probe"), "--split", "random", *RANDOM)
+    assert report["split"] == "random"
+    assert (tmp_path / "probe-embeddings.zarr").is_dir()
+
+
+def test_labels_of_another_place_are_refused(planet, embeddings, tmp_path, capsys):
+    capsys.readouterr()
+    elsewhere = tmp_path / "elsewhere.csv"
+    elsewhere.write_text("lon,lat,class\n100.5,3.2,forest\n100.6,3.3,water\n")
+    arguments = ("probe", embeddings, "--labels", elsewhere, "--out", tmp_path / "probe")
+    assert "same place" in complaint(capsys, *arguments)
+
+
+def test_doctor_finds_nothing_wrong_with_the_planet(planet, capsys):
+    findings = answer(capsys, "doctor", planet, "--model", "olmoearth-v1.2-nano")
+    assert {"sentinel2_l2a", "sentinel1"} <= {f["modality"] for f in findings}
+    assert not [f for f in findings if f["level"] == "error"]
+
+
+def test_doctor_repairs_reflectance_from_0_to_1(planet, tmp_path, capsys):
+    for path in planet.glob("sentinel2_l2a_*.tif"):
+        with rasterio.open(path) as source:
+            profile, pixels, names = source.profile, source.read(), source.descriptions
+        profile.update(driver="GTiff", dtype="float32")
+        with rasterio.open(tmp_path / path.name, "w", **profile) as small:
+            small.write((pixels / 1e4).astype("float32"))
+            small.descriptions = names
+    files = sorted(tmp_path.glob("*.tif"))
+    made = answer(capsys, "fetch", "--from-files", *files, "--out", tmp_path / "scene", "--modality", "sentinel2_l2a")
+    assert len(made["dates"]["sentinel2_l2a"]) == len(files)
+    assert made["decisions"]
+    findings = answer(capsys, "doctor", tmp_path / "scene")
+    assert not [f for f in findings if f["level"] == "error"]
+
+
+def test_the_demo_ends_in_a_report(tmp_path, capsys):
+    result = answer(capsys, "demo", "--out", tmp_path / "demo", "--size-px", 96, "--patch-m", 40, "--block-m", 120)
+    page = Path(result["report"]).read_text()
+    assert "Random weights" in page
+    assert "Agreement with the truth" in page
+    assert page.count("<figure>") == 3
+    assert result["energy_method"] in ("measured", "modelled")
+    assert all(Path(result[name]).exists() for name in ("map", "passport", "embeddings", "probe"))
+
+
+def test_the_demo_on_own_data_has_no_truth(planet, tmp_path, capsys):
+    own = ("--scene", planet, "--labels", planet / "labels.geojson", "--patch-m", 40, "--block-m", 120)
+    result = answer(capsys, "demo", *own, "--out", tmp_path / "demo")
+    page = Path(result["report"]).read_text()
+    assert page.count("<figure>") == 2
+    assert "truth" not in page
+    assert "--labels" in complaint(capsys, "demo", "--scene", planet, "--out", tmp_path / "demo")
+
+
+def test_stopping_with_ctrl_c_is_one_line_and_status_130(embeddings, tmp_path):
+    labels = tmp_path / "labels.csv"
+    os.mkfifo(labels)
+    arguments = ["probe", str(embeddings), "--labels", str(labels), "--out", str(tmp_path / "probe")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "panterra.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, they and their children would ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with labels.open("w"):  # opens when the program has begun to read
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "panterra: stopped\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m panterra.cli models | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("0", "141")
+    assert done.stderr == ""
