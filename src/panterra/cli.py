@@ -22,8 +22,8 @@ DEMO_MODEL = "olmoearth-v1.2-nano"
 app = App(
     name="panterra",
     help="From satellite imagery to a checked map with an Earth-observation foundation model.",
-    help_epilogue="Start with `panterra demo`; each command's `--help` ends in an example.",
-    help_format="markdown",
+    help_epilogue="Start with: panterra demo. The --help of each command ends in an example.",
+    help_format="plaintext",
     version=__version__,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,
@@ -31,7 +31,7 @@ app = App(
 
 Json = Annotated[bool, Parameter(name="--json", show_default=False, help="Print the result as JSON and nothing else.")]
 SceneAddress = Annotated[str, Parameter(help="A scene: a folder with scene.json, or the address of an ItemCollection.")]
-ModelName = Annotated[str, Parameter(name="--model", help="A released name (see `panterra models`), or a folder.")]
+ModelName = Annotated[str, Parameter(name="--model", help="A released name (see: panterra models), or a folder.")]
 RandomSeed = Annotated[
     int | None,
     Parameter(name="--random", help="Draw the weights from this seed instead of loading them: trials and baselines."),
@@ -49,7 +49,7 @@ BlockM = Annotated[float, Parameter(help="Side of the spatial blocks that keep n
 
 @app.command(
     sort_key=1,
-    help_epilogue="Example: `panterra demo --scene my-scene --labels plots.gpkg --model olmoearth-v1.2-tiny`",
+    help_epilogue="Example: panterra demo --scene my-scene --labels plots.gpkg --model olmoearth-v1.2-tiny",
 )
 def demo(
     *,
@@ -62,7 +62,7 @@ def demo(
     patch_m: PatchM = 20,
     window_px: WindowPx | None = None,
     block_m: BlockM = 500,
-    size_px: Annotated[int, Parameter(help="Side of the planet's scene in 10 m pixels.")] = 384,
+    size_px: Annotated[int, Parameter(help="Side of the planet's scene in 10 m pixels.")] = 320,
     seed: Annotated[int, Parameter(help="Which planet.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +90,7 @@ def demo(
     open_in_browser(result["report"])
 
 
-@app.command(sort_key=2, help_epilogue="Example: `panterra models`")
+@app.command(sort_key=2, help_epilogue="Example: panterra models")
 def models(*, as_json: Json = False) -> None:
     """List the released models, their sizes and their licences."""
     from panterra.commands.terminal import show_json, show_table
@@ -107,7 +107,7 @@ def models(*, as_json: Json = False) -> None:
         print(f"\n{terms}")
 
 
-@app.command(sort_key=3, help_epilogue="Example: `panterra doctor scene --model olmoearth-v1.2-nano --repair repaired`")
+@app.command(sort_key=3, help_epilogue="Example: panterra doctor scene --model olmoearth-v1.2-nano --repair repaired")
 def doctor(
     scene: SceneAddress,
     /,
@@ -141,7 +141,7 @@ def doctor(
 
 
 @app.command(
-    sort_key=4, help_epilogue="Example: `panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a`"
+    sort_key=4, help_epilogue="Example: panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a"
 )
 def fetch(
     *,
@@ -188,7 +188,7 @@ def fetch(
 
 @app.command(
     sort_key=5,
-    help_epilogue="Example: `panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8`",
+    help_epilogue="Example: panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8",
 )
 def embed(
     scene: SceneAddress,
@@ -235,10 +235,10 @@ def embed(
 
 
 @app.command(
-    sort_key=6, help_epilogue="Example: `panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop`"
+    sort_key=6, help_epilogue="Example: panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop"
 )
 def probe(
-    source: Annotated[str, Parameter(help="Embeddings that `panterra embed` wrote, or a scene to embed first.")],
+    source: Annotated[str, Parameter(help="Embeddings that panterra embed wrote, or a scene to embed first.")],
     /,
     *,
     labels: Annotated[Path, Parameter(help="Points or polygons with a class or value column, or a raster of codes.")],
@@ -282,12 +282,12 @@ def probe(
     print(f"\n{out}: {kind} probe on {report.num_samples} labelled patches in {report.num_groups} groups")
 
 
-@app.command(sort_key=7, help_epilogue="Example: `panterra map scene --probe probe --out map.tif --probabilities`")
+@app.command(sort_key=7, help_epilogue="Example: panterra map scene --probe probe --out map.tif --probabilities")
 def map(
-    source: Annotated[str, Parameter(help="A scene, or embeddings that `panterra embed` wrote.")],
+    source: Annotated[str, Parameter(help="A scene, or embeddings that panterra embed wrote.")],
     /,
     *,
-    probe: Annotated[Path, Parameter(help="Folder that `panterra probe` wrote.")],
+    probe: Annotated[Path, Parameter(help="Folder that panterra probe wrote.")],
     out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
     probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
     model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,

@@ -238,6 +238,7 @@ _KIND = {name: number for number, name in enumerate(SURFACES)}
 _COVERS = ("stream", "track", "road", "tile roof", "slate roof", "metal roof", "margin", "ley", "tree", "needles")
 """Surfaces that lie over others or grow among them; each comes in `_VARIANTS` hues."""
 _VARIANTS = 16
+_TOWN_SPACING = 4600.0
 _CROWN = 5.0
 """Metres from the stem of a tree to the end of its longest branch, at most."""
 
@@ -358,7 +359,7 @@ def _grid(box: GeoBox) -> _Grid:
     per_pixel = max(1, math.ceil(pixel / 25))
     step = pixel / per_pixel
     around = 6 * math.ceil(((_SHADOW_REACH + _CROWN) / pixel + 2) / 6)
-    left, bottom = round(affine.c / pixel), round(affine.f / pixel) - box.height
+    left, bottom = math.floor(affine.c / pixel + 1e-6), math.floor(affine.f / pixel + 1e-6) - box.height
     west, south = around + left % 6, around + bottom % 6
     east, north = around + -(left + box.width) % 6, around + -(bottom + box.height) % 6
     cols = np.arange(-west * per_pixel, (box.width + east) * per_pixel) + 0.5
@@ -383,6 +384,7 @@ class _Layer(NamedTuple):
 class Ground:
     """What lies where in a box, for any date and sensor; arrays are on the sample grid, margin included."""
 
+    seed: int
     box: GeoBox
     grid: _Grid
     stand: Array
@@ -544,6 +546,8 @@ def _from_line(grid: _Grid, weights: dict[float, float], *keys: Array | int | st
 
 
 class _Site(NamedTuple):
+    """One point of a jittered lattice: a town, a lake, a pit."""
+
     key: Array
     col: int
     row: int
@@ -556,11 +560,8 @@ def _sites(x: Array, y: Array, size: float, reach: float, *keys: Array | int | s
     for row in range(math.floor((y.min() - reach) / size), math.floor((y.max() + reach) / size) + 1):
         for col in range(math.floor((x.min() - reach) / size), math.floor((x.max() + reach) / size) + 1):
             key = _hash(*keys, col, row)
-            site_x, site_y = (
-                (col + 0.15 + 0.7 * float(_draw(key, "x"))) * size,
-                (row + 0.15 + 0.7 * float(_draw(key, "y"))) * size,
-            )
-            yield _Site(key, col, row, site_x, site_y)
+            along, aside = (0.15 + 0.7 * float(_draw(key, axis)) for axis in "xy")
+            yield _Site(key, col, row, (col + along) * size, (row + aside) * size)
 
 
 def _span(t: Array, low: float, high: float) -> slice:
@@ -577,12 +578,14 @@ class _Canvas:
         shape = (len(grid.y), len(grid.x))
         self.kind = np.empty(shape, np.uint8)
         self.key = np.empty(shape, np.uint64)
+        # Share of the ground under trees outside forests.
         self.trees = np.zeros(shape, np.float32)
         self.height = np.zeros(shape, np.float32)
         self.vigour = np.zeros(shape, np.float32)
         self.shade = np.ones(shape, np.float32)
         self.district = np.empty(shape, np.uint64)
         self.lake = np.zeros(shape, bool)
+        # Water, marsh and bare ground; roads and roofs, where no tree grows.
         self.wild = np.zeros(shape, bool)
         self.built = np.zeros(shape, bool)
         self.layers: list[_Layer] = []
@@ -617,13 +620,11 @@ def _paint_country(canvas: _Canvas, relief: Array, river: Array, stream: Array) 
     parcel = _hash(block.key, number)
 
     # Crops come by chance, with a taste of the district; wet ground and hills are grass.
-    chance = _draw(parcel, "crop")
     pasture = 0.1 + 0.25 * _smooth(_noise(*district.centres, 9000, seed, "pasture"), -0.3, 2).ravel()[district.cell]
-    steps = np.cumsum([0.34, 0.17, 0.3, 0.19])
+    chance = (_draw(parcel, "crop") - pasture) / (1 - pasture)
     canvas.kind[:] = _KIND["grassland"]
-    share = (chance - pasture) / (1 - pasture)
-    for name, least in zip(("wheat", "rapeseed", "maize", "alfalfa"), (0.0, *steps[:-1]), strict=True):
-        canvas.kind[share >= least] = _KIND[name]
+    for name, least in (("wheat", 0.0), ("rapeseed", 0.34), ("maize", 0.51), ("alfalfa", 0.81)):
+        canvas.kind[chance >= least] = _KIND[name]
     flood = river < 160 + 90 * _noise(x, y, 700, seed, "flood")
     high_ground = relief + 0.35 * _draw(block.key, "hill") > 0.95
     canvas.kind[(flood & (_draw(parcel, "flooded") < 0.8)) | high_ground] = _KIND["grassland"]
@@ -729,8 +730,8 @@ def _find_water(canvas: _Canvas, relief: Array, river: Array, stream: Array) -> 
 
 
 def _paint_water(canvas: _Canvas, wet: _Wet, stream: Array) -> None:
-    level = np.floor(1.4 * _noise(canvas.x, canvas.y, 420, canvas.seed, "patch"))
-    patch = _hash(canvas.district, level.astype(np.int64))
+    one, other = (np.floor(_noise(canvas.x, canvas.y, size, canvas.seed, "patch")) for size in (420, 260))
+    patch = _hash(canvas.district, one.astype(np.int64), other.astype(np.int64))
     for mask, name, key in (
         (wet.marsh, "wetland", patch),
         (wet.bare, "bare", patch),
@@ -746,7 +747,7 @@ def _paint_water(canvas: _Canvas, wet: _Wet, stream: Array) -> None:
 def _paint_roads(canvas: _Canvas) -> None:
     """Join the towns by roads that bend gently."""
     x, y, step, seed = canvas.x, canvas.y, canvas.step, canvas.seed
-    towns = {(site.col, site.row): site for site in _sites(x, y, TOWN_SPACING, 2.5 * TOWN_SPACING, seed, "town")}
+    towns = {(site.col, site.row): site for site in _sites(x, y, _TOWN_SPACING, 2.5 * _TOWN_SPACING, seed, "town")}
     for (col, row), a in towns.items():
         for i, j in ((1, 0), (0, 1), (1, 1), (1, -1)):
             b = towns.get((col + i, row + j))
@@ -774,13 +775,10 @@ def _paint_roads(canvas: _Canvas) -> None:
                 canvas.trees[rows, cols] = np.maximum(canvas.trees[rows, cols], 0.8 * _line(away - 11, 4.0, step))
 
 
-TOWN_SPACING = 4600.0
-
-
 def _paint_towns(canvas: _Canvas) -> None:
     """Paint towns: quarters with their own street grid, lots, houses and gardens."""
     x, y, step, seed = canvas.x, canvas.y, canvas.step, canvas.seed
-    for site in _sites(x, y, TOWN_SPACING, 2300, seed, "town"):
+    for site in _sites(x, y, _TOWN_SPACING, 2300, seed, "town"):
         hill = float(_noise(np.array([site.x]), np.array([site.y]), 9000, seed, "hills", 9000)[0, 0])
         radius = 170 + (1100 if hill < 0.5 else 200) * float(_draw(site.key, "radius")) ** 2.2
         rows = _span(y, site.y - 1.7 * radius, site.y + 1.7 * radius)
@@ -1029,7 +1027,8 @@ class Radar:
 
 _ESUN = (1970.0, 1842.0, 1547.0, 1044.0, 225.7, 82.06)
 _ETM_RANGE = ((-6.2, 191.6), (-6.4, 196.5), (-5.0, 152.9), (-5.1, 241.1), (-1.0, 31.06), (-0.35, 10.8))
-"""Solar irradiance and the radiances of DN 1 and 255, high gain but for band 4 (Landsat 7 data users handbook)."""
+"""Solar irradiance, and the radiances of DN 1 and 255, in W/m2/um (/sr): high gain but for band 4, as in the Landsat 7
+data users handbook."""
 
 # A sensor is a row here: bands, wavelengths and units stand in `MODALITIES`.
 SENSORS: dict[str, Optics | Radar] = {
@@ -1060,7 +1059,7 @@ _MAPS = ("srtm", "worldcover", "wri_canopy_height_map")
 
 
 def _atmosphere(wavelength: float, haze: float) -> tuple[float, float]:
-    """Give the reflectance of the air and its transmission, down and up (rounded from 6S for a rural summer)."""
+    """Give the reflectance of the air and its transmission, down and up: about those of a clear to hazy summer day."""
     thin = (0.443 / wavelength) ** 3.7 * 0.095 + haze * (0.443 / wavelength) ** 1.3 * 0.022
     gas = np.interp(wavelength, (0.9, 0.945, 0.98, 1.34, 1.375, 1.41), (1, 0.62, 1, 1, 0.004, 1))
     return thin * float(min(1.0, gas + 0.1)), math.exp(-1.9 * thin - 0.03) * float(gas)
@@ -1161,6 +1160,7 @@ class Planet:
             flat, where = code.ravel(), layer.where[seen]
             flat[where] = np.where(flat[where] == codes[_KIND["road"]], flat[where], codes[name[seen]])
         return Ground(
+            seed=seed,
             box=box,
             grid=grid,
             stand=stand.reshape(canvas.key.shape),
@@ -1179,7 +1179,7 @@ class Planet:
 
     def truth(self, where: GeoBox | Ground) -> Array:
         """Give the class codes uint8 [H, W], the commonest in each pixel. Crops keep to their fields over the years."""
-        ground = where if isinstance(where, Ground) else self.ground(where)
+        ground = self._as_ground(where)
         size = ground.grid.per_pixel
         if size == 1:
             return _crop(ground, ground.code)
@@ -1194,14 +1194,18 @@ class Planet:
         sensor = SENSORS.get(modality)
         if sensor is None and modality not in _MAPS:
             raise InputError(f"the planet shows no {modality!r}; it has {', '.join((*SENSORS, *_MAPS))}")
-        ground = where if isinstance(where, Ground) else self.ground(where)
+        ground, day = self._as_ground(where), to_days(date)
         if isinstance(sensor, Optics):
-            return self._photograph(modality, sensor, ground, to_days(date))
-        if isinstance(sensor, Radar):
-            pixels = self._listen(sensor, ground, to_days(date))
-        else:
-            pixels = self._survey(modality, ground)
+            return self._photograph(modality, sensor, ground, day)
+        pixels = self._survey(modality, ground) if sensor is None else self._listen(sensor, ground, day)
         return pixels, np.ones(pixels.shape[1:], bool)
+
+    def _as_ground(self, where: GeoBox | Ground) -> Ground:
+        if not isinstance(where, Ground):
+            return self.ground(where)
+        if where.seed != self.seed:
+            raise InputError(f"the ground of planet {where.seed} came; wanted that of planet {self.seed}: make it anew")
+        return where
 
     def _photograph(self, modality: str, sensor: Optics, ground: Ground, day: int) -> tuple[Array, Array]:
         bands = MODALITIES[modality].bands
@@ -1220,19 +1224,22 @@ class Planet:
             wavelength = band.wavelength
             assert wavelength is not None, f"{modality} {band.name} is no colour"
             thermal = wavelength > 3
-            stands = (_kelvin if thermal else _reflectance)(ground, season, wavelength, self.seed, day)
-            field = _compose(ground, stands)
             if thermal:
+                field = _compose(ground, _kelvin(ground, season, wavelength, self.seed, day))
                 field += np.float32(5) * (light - 1) - np.float32(0.006) * (ground.elevation - 240)
             else:
+                field = _compose(ground, _reflectance(ground, season, wavelength))
                 diffuse = np.float32(1 - 0.25 * (0.45 / wavelength) ** 2)
                 field *= 1 + diffuse * (light - 1)
             if clouds is not None:
                 # Thick clouds are whiter, and colder.
                 top = 278 - 20 * clouds.cover if thermal else _spectrum("cloud", wavelength) * (0.6 + 0.4 * clouds.bulk)
                 field += clouds.cover * (top - field)
-            field = _focus(field, grid, band)
-            grain = _normal(xs, ys, self.seed, modality, band.name, day)
+            # From here on a field has one value per cell of the instrument.
+            cell = _cell(grid, band)
+            field = _blend(field, grid.per_pixel)
+            field = _blur(field) if cell == 1 else _blend(field, cell)
+            grain = _normal(xs[::cell] // cell, ys[::cell] // cell, self.seed, modality, band.name, day)
             if thermal:
                 pixels = _radiance_counts(field + np.float32(0.08) * grain, band)
             else:
@@ -1245,6 +1252,8 @@ class Planet:
                 if sensor.curve != 1:
                     field = np.maximum(field, 0) ** np.float32(sensor.curve)
                 pixels = np.float32(scales[n]) * field + np.float32(offsets[n])
+            if cell > 1:
+                pixels = pixels.repeat(cell, axis=0).repeat(cell, axis=1)
             out[n] = np.clip(_crop(ground, pixels, blended=True), *sensor.limits)
         if MODALITIES[modality].unit == "dn":
             np.rint(out, out=out)
@@ -1315,8 +1324,9 @@ class Planet:
             codes[[c.code for c in CLASSES]] = [c.worldcover for c in CLASSES]
             return codes[self.truth(ground)][None]
         if modality == "wri_canopy_height_map":
-            trees = np.isin(ground.code, (2, 3)) * ground.height
-            return np.rint(_crop(ground, _blend(trees.astype(np.float32), grid.per_pixel), blended=True))[None]
+            forest = np.isin(ground.code, [SURFACES[name].code for name in ("broadleaf", "conifer")])
+            trees = forest * ground.height
+            return np.rint(_crop(ground, _blend(trees, grid.per_pixel), blended=True))[None]
         ys, xs = (_index(t[:: grid.per_pixel], grid.step * grid.per_pixel) for t in (grid.y, grid.x))
         surface = _blend(ground.elevation + np.float32(0.5) * ground.height, grid.per_pixel)
         surface += np.float32(0.8) * _normal(xs, ys, self.seed, modality)
@@ -1349,7 +1359,7 @@ def _spectrum(name: str, wavelength: float) -> float:
     return float(np.interp(wavelength, WAVELENGTHS, SPECTRA[name])) / 100
 
 
-def _reflectance(ground: Ground, season: _Season, wavelength: float, seed: int, day: int) -> tuple[Array, Array, Array]:
+def _reflectance(ground: Ground, season: _Season, wavelength: float) -> tuple[Array, Array, Array]:
     """Give the stands' reflectance and what vigour and wetness add to it."""
     surfaces = SURFACES.values()
     green, bloom, below = (
@@ -1372,10 +1382,12 @@ def _reflectance(ground: Ground, season: _Season, wavelength: float, seed: int, 
         season.green * green + season.dry * _spectrum("straw", wavelength) + season.bloom * bloom + season.bare * below
     )
     mixed *= 1 + variety * hue
-    covers = len(mixed) - len(_COVERS) * _VARIANTS
-    partner = np.array([_COVERS.index(s.mixed) * _VARIANTS if s.mixed else -1 for s in surfaces])[ground.kind]
-    other = mixed[covers + partner + (ground.key % _VARIANTS).astype(np.intp)]
-    mixed += np.where(partner < 0, 0, 0.55 * _draw(ground.key, "mixed") ** 1.5) * (other - mixed)
+    # The covers are the last rows of the table, whatever the window.
+    first = len(mixed) - len(_COVERS) * _VARIANTS
+    guest = np.array([_COVERS.index(s.mixed or "tree") * _VARIANTS for s in surfaces])[ground.kind]
+    hosts = np.array([bool(s.mixed) for s in surfaces])[ground.kind]
+    other = mixed[first + guest + (ground.key % _VARIANTS).astype(np.intp)]
+    mixed += 0.55 * hosts * _draw(ground.key, "mixed") ** 1.5 * (other - mixed)
     plants = 0.13 * season.green * (green - below)
     return mixed.astype(np.float32), plants.astype(np.float32), (-0.11 * season.bare * below * soil).astype(np.float32)
 
@@ -1403,14 +1415,10 @@ def _compose(ground: Ground, stands: tuple[Array, Array, Array]) -> Array:
     return field
 
 
-def _focus(field: Array, grid: _Grid, band: Band) -> Array:
-    """Integrate samples over what the band's pixels see."""
-    field = _blend(field, grid.per_pixel)
+def _cell(grid: _Grid, band: Band) -> int:
+    """Count the pixels along the side of what a band sees as one."""
     pixel = grid.step * grid.per_pixel
-    size = max(n for n in (1, 2, 3, 6) if n == 1 or n * pixel <= band.gsd * 1.001)
-    if size == 1:
-        return _blur(field)
-    return _blend(field, size).repeat(size, axis=0).repeat(size, axis=1)
+    return max(n for n in (1, 2, 3, 6) if n == 1 or n * pixel <= band.gsd * 1.001)
 
 
 def _radiance_counts(kelvin: Array, band: Band) -> Array:

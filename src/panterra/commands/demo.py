@@ -21,8 +21,9 @@ from panterra.models.weights import load_model
 from panterra.planet import CLASSES, write_planet_scene
 
 RANDOM_WEIGHTS = (
-    "Random weights: this encoder was never trained. The run shows that the whole path works, not what a trained model "
-    "can do. With released weights, which are fetched once: panterra demo --model olmoearth-v1.2-nano"
+    "Random weights: this encoder was never trained, which is why its windows leave steps in the map too. The run "
+    "shows that the whole path works, not what a trained model can do. With released weights, which are fetched once: "
+    "panterra demo --model olmoearth-v1.2-nano"
 )
 
 
