@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,10 +99,16 @@ def peak_memory(name: str, case: dict[str, Any], which: str, threads: int) -> fl
 def _memory(name: str, case: dict[str, Any], which: str, threads: int) -> float:
     torch.set_num_threads(threads)
     run = runners(name, case, which)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: start the peak anew
+    before = _status("VmRSS")
     with torch.inference_mode():
         run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def measure(name: str, label: str, case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def measure(name: str, label: str, case: dict[str, Any], args: argparse.Namespac
         for call in calls.values():
             call()
         begin = time.perf_counter()
-        while len(times["plain"]) < 5 or (time.perf_counter() - begin < args.seconds and len(times["plain"]) < 200):
+        while len(times["plain"]) < 3 or (time.perf_counter() - begin < args.seconds and len(times["plain"]) < 200):
             for kind, call in calls.items():
                 times[kind].append(timed(call))
             if len(times["plain"]) % 3 == 1:
