@@ -343,6 +343,8 @@ def _figures(interval: Interval) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for what a person can put right, 130 after Ctrl-C."""
+    # Threads that wait for each other by spinning take several times as long where other programs want the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(
             sys.argv[1:] if arguments is None else list(arguments),

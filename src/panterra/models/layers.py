@@ -44,13 +44,13 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         norm: nn.LayerNorm,
-        qkv: Float[Tensor, "b n e"],
         *,
         turn: Tensor | None = None,
         visible: Bool[Tensor, "b m"] | None = None,
     ) -> None:
-        """Add attention over `norm(x)` to `x` in place; `qkv` is working memory."""
+        """Add attention over `norm(x)` to `x` in place."""
         weight, bias = self.qkv.weight.mT, self.qkv.bias
+        qkv = x.new_empty(*x.shape[:2], len(bias))
         for part, out in zip(x.flatten(0, 1).split(ROWS), qkv.flatten(0, 1).split(ROWS), strict=True):
             torch.addmm(bias, norm(part), weight, out=out)
         parts = qkv.unflatten(-1, (3, self.heads, -1))
@@ -121,13 +121,12 @@ class Block(nn.Module):
     def update(
         self,
         x: Float[Tensor, "b n d"],
-        qkv: Float[Tensor, "b n e"],
         *,
         turn: Tensor | None = None,
         visible: Bool[Tensor, "b n"] | None = None,
     ) -> None:
-        """Do what `forward` does outside training, to a contiguous `x` in place: half the time for small models."""
-        self.attn.update(x, self.norm1, qkv, turn=turn, visible=visible)
+        """Do what `forward` does outside training, to a contiguous `x` in place: faster, and in half the memory."""
+        self.attn.update(x, self.norm1, turn=turn, visible=visible)
         self.mlp.update(x, self.norm2)
 
     def _drop(self, x: Tensor) -> Tensor:

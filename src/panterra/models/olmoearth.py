@@ -366,13 +366,12 @@ class OlmoEarth(nn.Module):
             place = None if place is None else F.pad(place, (0, 0, extra, 0))
             keys = None if keys is None else F.pad(keys, (extra, 0), value=True)
         in_place = not (torch.is_grad_enabled() or self.training)
-        qkv = x.new_empty(*x.shape[:2], 3 * x.shape[-1]) if in_place else None
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             turn = self.rotary.turn(place, i) if self.rotary is not None and place is not None else None
-            if qkv is None:
-                x = block(x, turn=turn, visible=keys)
+            if in_place:
+                block.update(x, turn=turn, visible=keys)
             else:
-                block.update(x, qkv, turn=turn, visible=keys)
+                x = block(x, turn=turn, visible=keys)
         out: Tensor = self.norm(x[:, self.config.registers :])
         return out
 
