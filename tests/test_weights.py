@@ -124,6 +124,17 @@ def test_passport_names_weights_and_licence():
     assert passport(model)["weights_sha256"] != passport(load_model("olmoearth-v1.2-nano", random=1))["weights_sha256"]
 
 
+def test_a_models_name_leads_back_to_it(tmp_path):
+    drawn = load_model("olmoearth-v1.2-nano", random=4)
+    assert drawn.licence is None
+    write_published(tmp_path / "published", "v1", "nano")
+    published = load_model(tmp_path / "published")
+    saved = load_model(save_model(published, tmp_path / "saved"))
+    assert saved.licence == published.licence == "OlmoEarth Artifact License"
+    for model in (drawn, published, saved):
+        assert weights_checksum(load_model(model.name)) == weights_checksum(model)
+
+
 def test_random_weights_repeat_and_leave_the_generator_alone():
     before = torch.random.get_rng_state()
     first, second = (weights_checksum(load_model("olmoearth-v1-nano", random=3)) for _ in range(2))

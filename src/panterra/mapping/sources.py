@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import rasterio.warp
@@ -114,7 +114,7 @@ class Encoding:
         lattice = Lattice.cut(
             height, width, window=window_px // patch_px, overlap=overlap_px // patch_px, tile=tile_px // patch_px
         )
-        model = _model_passport(encoder)
+        model = weights.passport(encoder)
         options = {"patch_m": patch_m, "window_px": window_px, "overlap_px": overlap_px}
         dates = sorted({date for name in names for date in scene.dates(name)})
         about = {
@@ -317,14 +317,6 @@ def _tile_px(scene: Scene, modalities: Sequence[str], features_per_px: float, wo
 def _device(encoder: Encoder) -> torch.device:
     first = next(encoder.parameters(), None) if isinstance(encoder, torch.nn.Module) else None
     return torch.device("cpu") if first is None else first.device
-
-
-def _model_passport(encoder: Encoder) -> dict[str, Any]:
-    if not isinstance(encoder, torch.nn.Module):
-        return {"name": encoder.name, "dim": encoder.dim}
-    first = next(encoder.parameters(), None)
-    how = {} if first is None else {"dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type}
-    return {**weights.passport(cast(Any, encoder)), **how}
 
 
 def _scene_fingerprint(scene: Scene, modalities: Sequence[str]) -> str:

@@ -245,6 +245,7 @@ class OlmoEarth(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.name = config, name
+        self.licence: str | None = None
         self.attention, self.normalized_input, self.align_days = attention, normalized_input, align_days
         self.modalities = tuple(m for m in config.observed if m in config.modalities)
         self.dim = config.output_dim or config.dim

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state
+from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
 
 OLMOEARTH_LICENCE = "OlmoEarth Artifact License"
@@ -85,6 +87,8 @@ def load_model(
     published behaviour for parity (see `panterra.models.olmoearth.Attend`). Raises InputError.
     """
     name = str(name_or_path)
+    if drawn := _DRAWN.fullmatch(name):
+        name, random = drawn[1], int(drawn[2])
     if random is not None:
         model = _random(name, random)
     elif Path(name).is_dir():
@@ -96,30 +100,44 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+_DRAWN = re.compile(r"(\S+) \(random weights, seed (\d+)\)")
+"""The name of a model with random weights, which `load_model` also takes."""
+
+
 def save_model(model: OlmoEarth, folder: Path | str) -> Path:
     """Write a model as `config.json` and `model.safetensors`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": "panterra-olmoearth-1", "name": model.name, "config": _plain(asdict(model.config))}
+    config = {
+        "format": "panterra-olmoearth-1",
+        "name": model.name,
+        "licence": model.licence,
+        "config": _plain(asdict(model.config)),
+    }
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     _write(folder / "model.safetensors", lambda path: save_file(tensors, path))
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
     return folder
 
 
-def passport(model: OlmoEarth) -> dict[str, Any]:
-    """Say which model this is: name, family, width, checksum of its weights, licence and source."""
-    card = MODELS.get(model.name)
-    return {
-        "name": model.name,
-        "family": "olmoearth",
-        "dim": model.dim,
-        "weights_sha256": weights_checksum(model),
-        "attention": model.attention,
-        "normalized_input": model.normalized_input,
-        "licence": card.licence if card else None,
-        "source": f"https://huggingface.co/{card.address}" if card else None,
-    }
+def passport(model: Encoder) -> dict[str, Any]:
+    """Say which model this is and whatever of its set-up changes results: checksum, licence, source, precision."""
+    about: dict[str, Any] = {"name": model.name, "dim": model.dim}
+    if isinstance(model, torch.nn.Module):
+        about["weights_sha256"] = weights_checksum(model)
+        first = next(model.parameters(), None)
+        if first is not None:
+            about |= {"dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type}
+    if isinstance(model, OlmoEarth):
+        card = MODELS.get(model.name)
+        about |= {
+            "family": "olmoearth",
+            "attention": model.attention,
+            "normalized_input": model.normalized_input,
+            "licence": model.licence,
+            "source": f"https://huggingface.co/{card.address}" if card else None,
+        }
+    return about
 
 
 def weights_checksum(model: torch.nn.Module) -> str:
@@ -171,7 +189,8 @@ def _from_folder(folder: Path, *, name: str | None = None) -> OlmoEarth:
         raise InputError(f"{config_path} is not JSON ({error}); fetch it again") from None
     if str(config.get("format", "")).startswith("panterra-"):
         return _from_ours(folder, config)
-    model = _build(olmoearth_config(config), name or folder.name)
+    model = _build(olmoearth_config(config), name or str(folder.resolve()))
+    model.licence = OLMOEARTH_LICENCE  # the published layout has no other source
     state = olmoearth_encoder_state(_unpickle(folder / "weights.pth"))
     check_fit(model.state_dict(), state, source=str(folder / "weights.pth"))
     model.load_state_dict(state)
@@ -190,7 +209,8 @@ def _from_ours(folder: Path, config: Mapping[str, Any]) -> OlmoEarth:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({str(error)[:200]}); copy or save it again") from None
-    model = _build(parsed, str(config.get("name", folder.name)))
+    model = _build(parsed, str(folder.resolve()))
+    model.licence = config.get("licence")
     check_fit(model.state_dict(), state, source=str(path))
     model.load_state_dict(state)
     return model
