@@ -77,6 +77,11 @@ class Setting:
                 yield load_model(name, random=seed), 16
 
 
+def label(encoder: Encoder) -> str:
+    """Name an encoder in tables: a folder by its last part."""
+    return Path(encoder.name).name if Path(encoder.name).is_dir() else encoder.name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
     """Labelled patches of a grid."""
@@ -173,7 +178,7 @@ def compare(
     each(RAW, raw, {"dim": raw.shape[-1], "seconds": round(time.perf_counter() - began, 1)})
     for encoder, window_px in setting.encoders():
         x, seconds = embedded(setting, scene, encoder, window_px, modalities, patch_m)
-        each(encoder.name, x, {"dim": encoder.dim, "window_px": window_px, "seconds": round(seconds, 1)})
+        each(label(encoder), x, {"dim": encoder.dim, "window_px": window_px, "seconds": round(seconds, 1)})
 
 
 def findings(data: str, scene: Scene, modalities: Sequence[str]) -> None:
@@ -376,7 +381,7 @@ def eurosat(setting: Setting, *, per_class: int = 13, train: int = 9) -> None:
     spread = raw.std(0)
     raw = (raw - raw.mean(0)) / np.where(spread > 0, spread, 1)
     features = [(RAW, raw)]
-    features += [(e.name, embed_samples(e, batches, patch_m=40)) for e, _ in setting.encoders()]
+    features += [(label(e), embed_samples(e, batches, patch_m=40)) for e, _ in setting.encoders()]
     confusions = []
     for name, x in features:
         for kind in ("knn", "logistic"):
