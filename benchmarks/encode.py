@@ -10,6 +10,7 @@ call runs, each in a process of its own. The machine's matrix-product rate is me
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing as mp
 import statistics
@@ -99,9 +100,11 @@ def peak_memory(name: str, case: dict[str, Any], which: str, threads: int) -> fl
 def _memory(name: str, case: dict[str, Any], which: str, threads: int) -> float:
     torch.set_num_threads(threads)
     run = runners(name, case, which)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: start the peak anew
-    before = _status("VmRSS")
     with torch.inference_mode():
+        run()  # the libraries' own pages and buffers
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the peak anew
+        before = _status("VmRSS")
         run()
     return (_status("VmHWM") - before) / 1024
 
