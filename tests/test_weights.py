@@ -50,7 +50,7 @@ def published_config(version, size):
 
 
 def published_state(version, size, seed=0):
-    """Every encoder entry of the published layout (spec 2.8), with random values, and a few of the rest of the file."""
+    """Every encoder entry of the published layout, with random values, and a few of the rest of the file."""
     dim, depth, heads = SIZES[size]
     hidden = 12 if size == "nano" else 64
     shapes = {}

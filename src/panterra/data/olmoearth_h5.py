@@ -1,4 +1,4 @@
-"""OlmoEarth's pretraining corpus: one HDF5 file per place, beside tables of what is where (spec 5.4, 5.5)."""
+"""OlmoEarth's pretraining corpus: one HDF5 file per place, beside tables of what is where."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ class CropSize:
 def num_dates(side_patches: int, budget: int, modalities: Iterable[str], groups: Groups, *, most: int = LENGTH) -> int:
     """Count the dates that fit into a budget of tokens, all modalities counted whether a sample has them or not.
 
-    All releases count with the tokens of v1, also where the model makes fewer (spec 3.6).
+    All releases count with the tokens of v1, also where the model makes fewer.
     """
     fixed = per_date = 0
     for m in modalities:
@@ -434,7 +434,7 @@ def _needs_zstd(stored: h5py.Dataset) -> bool:
 
 
 def _derive(raw: Mapping[str, Float[Tensor, "*grid c"]], modality: str) -> Float[Tensor, "*grid c"]:
-    """Make the vegetation index and one-hot land cover from what was read (spec 1.4)."""
+    """Make the vegetation index and one-hot land cover from what was read (OlmoEarth)."""
     x = raw[_SOURCE.get(modality, modality)]
     if modality == "ndvi":
         names = MODALITIES["sentinel2_l2a"].band_names
@@ -500,7 +500,7 @@ SYMMETRIES = ((0, None), (1, None), (2, None), (3, None), (0, "cols"), (0, "rows
 
 
 def turn_batch(batch: PretrainingBatch, symmetry: int) -> PretrainingBatch:
-    """Turn or mirror all places alike, by a number of `SYMMETRIES`; v1 draws one for each view (spec 3.7)."""
+    """Turn or mirror all places alike, by a number of `SYMMETRIES`; v1 draws one for each view (OlmoEarth)."""
     quarters, flip = SYMMETRIES[symmetry]
 
     def turn(x: Tensor, rows: int, cols: int) -> Tensor:

@@ -20,7 +20,7 @@ POSITIONS = ("absolute", "rope", "rope_mixed", "rope_3d", "rope_3d_mixed", "none
 
 
 def olmoearth_config(experiment: Json) -> OlmoEarthConfig:
-    """Read the encoder's configuration out of a published `config.json`, by the rules of spec 2.9."""
+    """Read the encoder's configuration out of a published `config.json`, by the rules of the published loader."""
     model = experiment.get("model")
     encoder = model.get("encoder_config") if isinstance(model, Mapping) else None
     if not isinstance(encoder, Mapping):
@@ -127,7 +127,7 @@ _OLD = re.compile(r"^(encoder|decoder|target_encoder)\.composite_encodings\.pos_
 
 
 def olmoearth_encoder_state(published: Mapping[str, Tensor], *, prefix: str = "encoder.") -> dict[str, Tensor]:
-    """Rename the encoder's entries of a published state dict to ours; spec 2.8 lists them.
+    """Rename the encoder's entries of a published state dict to ours.
 
     The prefix "target_encoder." gives pretraining's frozen copy.
     """

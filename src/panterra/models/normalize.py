@@ -29,7 +29,7 @@ def olmoearth_tables() -> dict[str, dict[str, dict[str, list[float]]]]:
 def olmoearth_range(modality: str) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Give the values that become 0 and 1, per band: two standard deviations around the mean, or a fixed range.
 
-    y = (x - low) / (high - low), without clipping (spec 1.4). Raises InputError for a modality without statistics.
+    y = (x - low) / (high - low), without clipping (OlmoEarth). Raises InputError for a modality without statistics.
     """
     if modality == "worldcover_onehot":
         bands = len(MODALITIES[modality].bands)
@@ -65,7 +65,7 @@ BAND_NORMALIZATIONS = {
     "norm_yes_clip_3_std_int": (3.0, True, True),
     "norm_yes_clip_min_max_int": (0.0, True, True),
 }
-"""The evaluation protocols' ways to use a data set's own statistics (spec 6.3): number of standard deviations that span
+"""The evaluation protocols' ways to use a data set's own statistics: number of standard deviations that span
 0 to 1, whether values outside are clipped, whether they pass through 8 bits."""
 
 

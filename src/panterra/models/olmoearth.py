@@ -44,7 +44,7 @@ SPATIAL_FACTOR = {"naip_10": 4}
 Position = Literal["absolute", "rope", "rope_mixed", "rope_3d", "rope_3d_mixed", "none"]
 Attend = Literal["masked", "published_eval", "published_fast"]
 """masked: only visible tokens take part, whatever else is in the batch (the default, and what training does).
-published_eval: as the published evaluation code, in which shorter samples also attend to zero padding (spec 2.6).
+published_eval: as the published evaluation code, in which shorter samples also attend to zero padding.
 published_fast: as the published fast path, in which every token attends to every token, missing ones too."""
 
 BandSets = tuple[tuple[str, ...], ...]
@@ -108,7 +108,7 @@ SIZES = {
 
 
 def released_config(version: str, size: str) -> OlmoEarthConfig:
-    """Give the configuration of a release: version "v1", "v1.1" or "v1.2", size as in `SIZES` (spec 2.1, 2.9)."""
+    """Give the configuration of a release: version "v1", "v1.1" or "v1.2", size as in `SIZES`."""
     config = OlmoEarthConfig(**SIZES[size])  # type: ignore[arg-type]
     if version == "v1":
         return config
@@ -172,7 +172,7 @@ def embed_patches(
 
 
 class Encodings(nn.Module):
-    """The additive part of a token's identity: channel, slot, month, place, a quarter of the width each (spec 2.3)."""
+    """The additive part of a token's identity: channel, slot, month, place, a quarter of the width each (OlmoEarth)."""
 
     def __init__(self, config: OlmoEarthConfig, dim: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Encodings(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Angles by which queries and keys turn with time, row and column; learnable or fixed (spec 2.4)."""
+    """Angles by which queries and keys turn with time, row and column; learnable or fixed (OlmoEarth)."""
 
     frequencies: Tensor
 
@@ -273,7 +273,7 @@ class OlmoEarth(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for every linear layer but the patch projections, which keep the library's default (spec 2.2)."""
+        """Xavier for every linear layer but the patch projections, which keep the library's default (OlmoEarth)."""
         for part in (self.blocks, self.projection, self.output):
             for layer in part.modules() if part is not None else ():
                 if isinstance(layer, nn.Linear):
@@ -394,7 +394,7 @@ class OlmoEarth(nn.Module):
         """Embed a batch in declared units; patches are 1 to 8 pixels of the common grid (10 to 80 m at 10 m).
 
         `patches` is the mean over dates and band sets of each modality, then over modalities; `summary` the mean over
-        all tokens (spec 2.7). Raises InputError for modalities or sizes that the model cannot take.
+        all tokens (OlmoEarth). Raises InputError for modalities or sizes that the model cannot take.
         """
         if dense:
             raise InputError("OlmoEarth has no sub-patch features; ask for a smaller patch_m instead of dense=True")

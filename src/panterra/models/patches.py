@@ -15,7 +15,7 @@ def bicubic_matrix(num_in: int, num_out: int) -> Float[Tensor, "out in"]:
     """The linear map of antialiased bicubic resizing along one axis.
 
     Keys' cubic with a = -0.5, half-pixel centres, support scaled when shrinking, weights renormalised at the borders
-    (spec 2.2), which is what `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` computes.
+    (OlmoEarth), which is what `torch.nn.functional.interpolate(mode="bicubic", antialias=True)` computes.
     """
     ratio = num_in / num_out
     scale = max(ratio, 1.0)
@@ -43,7 +43,7 @@ def to_patches(
 ) -> Float[Tensor, "b rows cols features"]:
     """Cut images into patches of `patch_px` pixels, each resized to `size` pixels and flattened.
 
-    The whole image is resized, as OlmoEarth does, so values leak a little across patch borders (spec 2.2). Features run
+    The whole image is resized, as OlmoEarth does, so values leak a little across patch borders. Features run
     (band, row, column), or (row, column, band) with `channels_last`.
     """
     rows, cols = images.shape[-2] // patch_px, images.shape[-1] // patch_px

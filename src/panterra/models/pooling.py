@@ -30,7 +30,7 @@ def patch_mean(out: Tokens) -> tuple[Float[Tensor, "b h w d"], Bool[Tensor, "b h
 
 
 def instance_pool(out: Tokens, how: Literal["mean", "max"] = "mean") -> Float[Tensor, "b d"]:
-    """Pool the visible tokens of all modalities; the mean of a sample without any is zero (spec 2.7)."""
+    """Pool the visible tokens of all modalities; the mean of a sample without any is zero (OlmoEarth)."""
     x = torch.cat([x.flatten(1, 4) for x in out.tokens.values()], dim=1)
     seen = torch.cat([out.visible[name].flatten(1) for name in out.tokens], dim=1)
     if how == "mean":
@@ -39,7 +39,7 @@ def instance_pool(out: Tokens, how: Literal["mean", "max"] = "mean") -> Float[Te
 
 
 def spatial_pool(out: Tokens, how: Literal["mean", "max"] = "mean") -> Float[Tensor, "b h w d"]:
-    """Pool over dates and band sets, then average over the modalities that the batch has, as published (spec 2.7).
+    """Pool over dates and band sets, then average over the modalities that the batch has, as published.
 
     A patch that lacks a modality gets 0 (mean) or minus infinity (max) from it.
     """
@@ -57,7 +57,7 @@ def spatial_pool(out: Tokens, how: Literal["mean", "max"] = "mean") -> Float[Ten
 
 
 def concat_pool(out: Tokens) -> Float[Tensor, "b h w s d"]:
-    """Average over dates and line up the band sets of every modality that is visible throughout (spec 2.7)."""
+    """Average over dates and line up the band sets of every modality that is visible throughout (OlmoEarth)."""
     return torch.cat([x.mean(3) for name, x in _spatial(out).items() if bool(out.visible[name].all())], dim=3)
 
 

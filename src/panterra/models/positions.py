@@ -19,7 +19,7 @@ DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
     """Encode positions 0, step, 2 step, ... by sines, then cosines.
 
-    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d): OlmoEarth's weights were trained so (spec 2.3).
+    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d): OlmoEarth's weights were trained so.
     """
     half = dim // 2
     omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (2 * dim))
@@ -29,21 +29,21 @@ def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
 
 @lru_cache(maxsize=64)
 def sincos2d(rows: int, cols: int, dim: int, step: float = 1.0) -> Float[Tensor, "rows cols d"]:
-    """Encode the cells of a grid: the first half of the width is the column, the second the row (spec 2.3)."""
+    """Encode the cells of a grid: the first half of the width is the column, the second the row (OlmoEarth)."""
     col = sincos1d(cols, dim // 2, step)[None, :, :].expand(rows, -1, -1)
     row = sincos1d(rows, dim // 2, step)[:, None, :].expand(-1, cols, -1)
     return torch.cat([col, row], dim=-1)
 
 
 def month_table(dim: int) -> Float[Tensor, "12 d"]:
-    """Encode the twelve months on a circle, each half of the width one coordinate (spec 2.3)."""
+    """Encode the twelve months on a circle, each half of the width one coordinate (OlmoEarth)."""
     angle = 2 * math.pi * torch.arange(12, dtype=torch.float64) / 12
     half = dim // 2
     return torch.cat([angle.sin()[:, None].expand(-1, half), angle.cos()[:, None].expand(-1, half)], dim=1).float()
 
 
 def days_since_2000(day: Int[Tensor, "*b"], month: Int[Tensor, "*b"], year: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Count days as OlmoEarth v1.2 does: years of 365.25 days, `month` from 0, no leap day (spec 2.4)."""
+    """Count days as OlmoEarth v1.2 does: years of 365.25 days, `month` from 0, no leap day."""
     before = torch.tensor(DAYS_BEFORE_MONTH, device=month.device)[month]
     return (year - 2000).float() * 365.25 + before.float() + (day - 1).float()
 
@@ -53,7 +53,7 @@ def token_coordinates(
 ) -> Float[Tensor, "b n 3"]:
     """Give days since 2000, row and column of every token, for modalities shaped (b, h, w, t, s, ...) in this order.
 
-    `step` is the distance of patches in units of 10 m. A map carries the time of the first date (spec 2.4). The batch
+    `step` is the distance of patches in units of 10 m. A map carries the time of the first date (OlmoEarth). The batch
     axis is 1 where all samples share their dates.
     """
     if bool((days == days[:1]).all()):
@@ -95,7 +95,7 @@ def axial_frequencies(
 def mixed_frequencies(
     axes: int, heads: int, head_dim: int, *, base: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "axes heads pairs"]:
-    """Draw the initial value of learnable frequencies: two random orthogonal directions per head (spec 2.4)."""
+    """Draw the initial value of learnable frequencies: two random orthogonal directions per head (OlmoEarth)."""
     quarter = head_dim // 4
     size = base ** (-4.0 * torch.arange(quarter) / head_dim)
     if axes == 2:

@@ -1,4 +1,4 @@
-"""OlmoEarth's predictor: fills masked tokens from the visible ones (spec 3.2). Only pretraining needs it."""
+"""OlmoEarth's predictor: fills masked tokens from the visible ones. Only pretraining needs it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Predictions:
 def predictor_config(
     encoder: OlmoEarthConfig, *, depth: int = 4, dim: int | None = None, heads: int | None = None
 ) -> OlmoEarthConfig:
-    """Derive the released predictors' configuration: as the encoder, but four blocks without drop path (spec 2.1).
+    """Derive the released predictors' configuration: as the encoder, but four blocks without drop path.
 
     A predictor has no patch embedding, registers or projection, so it ignores what a configuration says of these.
     """
@@ -107,7 +107,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm block whose queries look at a context, which stays as it is and is not normalised (spec 2.5)."""
+    """A pre-norm block whose queries look at a context, which stays as it is and is not normalised (OlmoEarth)."""
 
     def __init__(self, dim: int, heads: int, hidden: int, *, qk_norm: bool, drop_path: float) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Predictor(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for every linear layer; keys and values are two layers to Xavier, one product to us (spec 2.2)."""
+        """Xavier for every linear layer; keys and values are two layers to Xavier, one product to us (OlmoEarth)."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 for part in layer.weight.chunk(2 if name.endswith(".kv") else 1):

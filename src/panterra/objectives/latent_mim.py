@@ -1,4 +1,4 @@
-"""Latent MIM Lite: predict masked tokens' embeddings under frozen random patch embeddings (spec 3.1)."""
+"""Latent MIM Lite: predict masked tokens' embeddings under frozen random patch embeddings (OlmoEarth)."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def drop_bands(
     highest: float,
     generator: torch.Generator | None,
 ) -> dict[str, Float[Tensor, "b t c y x"]]:
-    """Zero some bands of some samples, at a rate drawn per band set up to `highest` (spec 2.2).
+    """Zero some bands of some samples, at a rate drawn per band set up to `highest` (OlmoEarth).
 
     A sample keeps at least one band of each band set; band sets of one band stay whole.
     """

@@ -1,4 +1,4 @@
-"""How far predicted tokens are from their targets, and views of one sample from each other (spec 3.4).
+"""How far predicted tokens are from their targets, and views of one sample from each other (OlmoEarth).
 
 Losses of tokens take pairs: for each modality the predicted and the target tokens to compare, padded to the sample that
 has most. All is computed in float32 and without a loop over samples. With `across_ranks` a loss is that of the batches

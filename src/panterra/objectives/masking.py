@@ -1,4 +1,4 @@
-"""Which tokens the student sees and which it predicts (spec 3.5).
+"""Which tokens the student sees and which it predicts (OlmoEarth).
 
 A strategy takes, for each modality, which tokens [b, h, w, t, s] have no data, and gives one of the values VISIBLE,
 TEACHER_ONLY, DECODE and MISSING for each. Strategies and their options have the published names; ratios are shares of

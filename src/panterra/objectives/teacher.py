@@ -15,7 +15,7 @@ from panterra.models.olmoearth import OlmoEarth, embed_patches
 class Teacher(nn.Module):
     """A frozen copy of an encoder's patch embeddings, and of its output projection where it has one.
 
-    The published teacher copies the whole encoder but returns what its patch embeddings give (spec 2.6, 3.3), so these
+    The published teacher copies the whole encoder but returns what its patch embeddings give, so these
     are all it needs.
     """
 
