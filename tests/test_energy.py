@@ -1,3 +1,4 @@
+import os
 import time
 
 import pytest
@@ -24,7 +25,8 @@ def test_work_is_counted_and_turned_into_emissions():
     assert report.seconds > 0
     assert report.co2e_kg == pytest.approx(report.kwh * GRID_G_PER_KWH["FRA"][0] / 1000)
     if report.method == "modelled":
-        assert report.kwh * 3.6e6 >= 0.2 * CORE_W
+        tick = 1 / os.sysconf("SC_CLK_TCK")  # in which the system counts the time of a process and its children
+        assert report.kwh * 3.6e6 >= (0.2 - 2 * tick) * CORE_W
     assert "FRA 2023" in report.detail
     assert report.as_dict()["country"] == "FRA"
 
