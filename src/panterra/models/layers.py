@@ -115,8 +115,9 @@ class Block(nn.Module):
         turn: Tensor | None = None,
         visible: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        x = x + self._drop(self.attn(self.norm1(x), turn=turn, visible=visible))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        mixed = self.attn(self.norm1(x), turn=turn, visible=visible)
+        x = x + drop_path(mixed, self.drop_path, training=self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, training=self.training)
 
     def update(
         self,
@@ -129,9 +130,10 @@ class Block(nn.Module):
         self.attn.update(x, self.norm1, turn=turn, visible=visible)
         self.mlp.update(x, self.norm2)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = 1 - self.drop_path
-        kept = torch.empty(len(x), 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep)
-        return x * (kept / keep)
+
+def drop_path(x: Float[Tensor, "b n d"], rate: float, *, training: bool) -> Float[Tensor, "b n d"]:
+    """Zero whole samples at `rate` in training and scale the others up to keep the mean."""
+    if not training or rate == 0:
+        return x
+    keep = 1 - rate
+    return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)

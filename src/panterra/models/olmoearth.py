@@ -209,8 +209,9 @@ class Rotary(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: OlmoEarthConfig, *, depth: int, heads: int, head_dim: int) -> None:
+    def __init__(self, config: OlmoEarthConfig) -> None:
         super().__init__()
+        depth, heads, head_dim = config.depth, config.heads, config.dim // config.heads
         self.axes = slice(0, 3) if config.position in ("rope_3d", "rope_3d_mixed") else slice(1, 3)
         self.scale = (config.rope_time_scale, config.rope_scale, config.rope_scale)
         if config.position in ("rope_mixed", "rope_3d_mixed"):
@@ -261,11 +262,7 @@ class OlmoEarth(nn.Module):
             Block(config.dim, config.heads, hidden, qk_norm=config.qk_norm, drop_path=config.drop_path)
             for _ in range(config.depth)
         )
-        self.rotary = (
-            Rotary(config, depth=config.depth, heads=config.heads, head_dim=config.dim // config.heads)
-            if config.position.startswith("rope")
-            else None
-        )
+        self.rotary = Rotary(config) if config.position.startswith("rope") else None
         self.norm = nn.LayerNorm(config.dim)
         self.registers = nn.Parameter(torch.zeros(config.registers, config.dim)) if config.registers else None
         self.output = nn.Linear(config.dim, config.output_dim) if config.output_dim else None

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from panterra.models.layers import MLP, attend
+from panterra.models.layers import MLP, attend, drop_path
 from panterra.models.olmoearth import Encodings, OlmoEarthConfig, Rotary
 from panterra.models.positions import days_since_2000, rotate, token_coordinates
 
@@ -125,14 +125,9 @@ class CrossBlock(nn.Module):
         turn: tuple[Tensor, Tensor] | None,
         visible: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b n d"]:
-        x = x + self._drop(self.attn(self.norm1(x), context, turn=turn, visible=visible))
-        return x + self._drop(self.mlp(self.norm2(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = 1 - self.drop_path
-        return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
+        mixed = self.attn(self.norm1(x), context, turn=turn, visible=visible)
+        x = x + drop_path(mixed, self.drop_path, training=self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, training=self.training)
 
 
 class Predictor(nn.Module):
@@ -150,11 +145,7 @@ class Predictor(nn.Module):
             CrossBlock(config.dim, config.heads, hidden, qk_norm=config.qk_norm, drop_path=config.drop_path)
             for _ in range(config.depth)
         )
-        self.rotary = (
-            Rotary(config, depth=config.depth, heads=config.heads, head_dim=config.dim // config.heads)
-            if config.position.startswith("rope")
-            else None
-        )
+        self.rotary = Rotary(config) if config.position.startswith("rope") else None
         self.norm = nn.LayerNorm(config.dim)
         self.output = nn.Linear(config.dim, config.output_dim or encoder_dim)
         self._initialise()
