@@ -5,7 +5,7 @@ from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.olmoearth import OlmoEarthConfig
 from panterra.models.predictor import DECODE, predictor_config
-from panterra.objectives.latent_mim import V1_LOSS, LatentMIM, LatentMIMConfig, View, drop_bands
+from panterra.objectives.latent_mim import V1_LOSS, LatentMIM, LatentMIMConfig, View, Views, drop_bands
 from panterra.objectives.masking import TIME_MASKING, make_masks
 from panterra.objectives.teacher import follow
 
@@ -44,23 +44,24 @@ def views(batch=4, *, seed=0, number=2):
     missing["sentinel1"][0], missing["landsat"][-1, :, :, 1] = True, True
     timestamps = torch.tensor([[15, 3, 2021], [15, 4, 2021]]).expand(batch, -1, -1)
     masks = [make_masks(missing, TIME_MASKING, generator=g) for _ in range(number)]
-    return [View(inputs=inputs, timestamps=timestamps, masks=mask, patch_px=2) for mask in masks]
+    return Views(tuple(View(inputs=inputs, timestamps=timestamps, masks=mask, patch_px=2) for mask in masks))
 
 
 def sample(view, i):
     pick = slice(i, i + 1)
-    return View(
+    one = View(
         inputs={m: x[pick] for m, x in view.inputs.items()},
         timestamps=view.timestamps[pick],
         masks={m: x[pick] for m, x in view.masks.items()},
         patch_px=view.patch_px,
     )
+    return Views((one,))
 
 
 def test_a_batch_costs_what_its_samples_cost():
     model = make(contrast_weight=0.0, loss=V1_LOSS)
     (view,) = views(number=1)
-    together = model(view).views[0]
+    together = model(Views((view,))).views[0]
     alone = [model(sample(view, i)).views[0] for i in range(4)]
     for m, loss in together.items():
         decodes = [bool((view.masks[m][i] == DECODE).any()) for i in range(4)]
@@ -69,7 +70,7 @@ def test_a_batch_costs_what_its_samples_cost():
 
 
 def test_the_total_is_the_mean_of_the_views_and_the_contrast():
-    out = make()(*views())
+    out = make()(views())
     expected = sum(sum(terms.values()) for terms in out.views) / 2 + out.contrast
     torch.testing.assert_close(out.total, expected)
     assert out.contrast > 0
@@ -81,7 +82,7 @@ def test_every_trainable_parameter_gets_a_gradient_even_where_a_modality_was_not
     without = [View(inputs=v.inputs, timestamps=v.timestamps, masks=dict(v.masks), patch_px=2) for v in (a, b)]
     for view in without:
         del view.masks["srtm"]
-    model(*without).total.backward()
+    model(Views(tuple(without))).total.backward()
     for name, weight in model.named_parameters():
         assert (weight.grad is not None) == weight.requires_grad, name
     assert model.encoder.patch_embeddings["worldcover"][0].proj.weight.grad.abs().sum() == 0
@@ -90,7 +91,7 @@ def test_every_trainable_parameter_gets_a_gradient_even_where_a_modality_was_not
 
 def test_without_contrast_every_parameter_is_still_in_use():
     model = make(contrast_weight=0.0)
-    model(*views(number=1)).total.backward()
+    model(views(number=1)).total.backward()
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
@@ -99,7 +100,7 @@ def test_values_where_data_are_missing_do_not_matter():
     other = {m: x.clone() for m, x in a.inputs.items()}
     other["sentinel1"][0], other["landsat"][-1, 1] = -99999.0, 7.0
     changed = [View(inputs=other, timestamps=v.timestamps, masks=v.masks, patch_px=2) for v in (a, b)]
-    torch.testing.assert_close(model(*changed).total, model(a, b).total)
+    torch.testing.assert_close(model(Views(tuple(changed))).total, model(Views((a, b))).total)
 
 
 def test_a_small_model_learns_a_batch_and_its_teacher_stays():
@@ -109,7 +110,7 @@ def test_a_small_model_learns_a_batch_and_its_teacher_stays():
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(60):
-        out = model(*pair)
+        out = model(pair)
         optimiser.zero_grad()
         out.total.backward()
         optimiser.step()
@@ -132,7 +133,7 @@ def test_dropped_bands_are_drawn_in_training_alone():
     model, pair = make(band_dropout=0.9), views()
 
     def loss(seed):
-        return model(*pair, generator=torch.Generator().manual_seed(seed)).total
+        return model(pair, generator=torch.Generator().manual_seed(seed)).total
 
     model.train()
     torch.testing.assert_close(loss(1), loss(1), rtol=0, atol=0)
@@ -169,4 +170,4 @@ def test_bands_that_are_a_token_alone_stay():
 
 def test_a_contrast_needs_two_views():
     with pytest.raises(InputError, match="1 views came; the contrast needs 2"):
-        make()(*views(number=1))
+        make()(views(number=1))

@@ -53,7 +53,7 @@ from panterra.models.positions import (
 )
 from panterra.models.predictor import DECODE, Chosen, Predictor
 from panterra.models.weights import load_model
-from panterra.objectives.latent_mim import LatentMIM, LatentMIMConfig, View
+from panterra.objectives.latent_mim import LatentMIM, LatentMIMConfig, View, Views
 from panterra.objectives.losses import LOSSES, info_nce, koleo, pair_up, token_loss
 from panterra.objectives.masking import STRATEGIES, make_masks
 from panterra.objectives.teacher import Teacher
@@ -525,14 +525,14 @@ class Trained:
     parameters: dict[str, Tensor]
 
 
-def views_of(step: Mapping[str, Any], path: Path, source: Source) -> list[View]:
+def views_of(step: Mapping[str, Any], path: Path, source: Source) -> Views:
     tensors, patch_px = tensors_of(path), int(step["patch_size"])
     prefix = f"inputs/{step['input_set']}/"
     modalities = [m for m in source.encoder().config.modalities if prefix + m in tensors]
     inputs = {m: to_pixels(m, tensors[prefix + m]) for m in modalities}
     timestamps = tensors[prefix + "timestamps"]
     masks = [masks_of(name, modalities, patch_px, tensors) for name in step["mask_sets"]]
-    return [View(inputs=inputs, timestamps=timestamps, masks=mask, patch_px=patch_px) for mask in masks]
+    return Views(tuple(View(inputs=inputs, timestamps=timestamps, masks=mask, patch_px=patch_px) for mask in masks))
 
 
 @lru_cache(maxsize=1)
@@ -556,7 +556,7 @@ def train(step_json: str, path: Path, source: Source) -> Trained:
     options = {key: step["optimizer"][key] for key in ("lr", "betas", "eps", "weight_decay")}
     assert step["optimizer"]["type"] == "AdamW"
     optimizer = torch.optim.AdamW(weights, **options)
-    out = model(*views_of(step, path, source))
+    out = model(views_of(step, path, source))
     out.total.backward()
     losses = {f"a/{m}": x.item() for m, x in out.views[0].items()} | {
         f"b/{m}": x.item() for m, x in out.views[1].items()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,43 @@ class View:
     patch_px: int
 
 
+@dataclass(frozen=True, slots=True)
+class Views:
+    """What one pass of training takes: the same samples, masked differently."""
+
+    views: tuple[View, ...]
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        """Count the views."""
+        return len(self.views)
+
+    @property
+    def samples(self) -> int:
+        """Count the samples."""
+        return len(self.views[0].timestamps)
+
+    def to(self, device: torch.device | str) -> Views:
+        """Move all tensors; views that share their inputs still share them."""
+        moved: dict[int, Mapping[str, Tensor]] = {}
+        for view in self.views:
+            if id(view.inputs) not in moved:
+                moved[id(view.inputs)] = {m: x.to(device, non_blocking=True) for m, x in view.inputs.items()}
+        return Views(
+            tuple(
+                replace(
+                    view,
+                    inputs=moved[id(view.inputs)],
+                    timestamps=view.timestamps.to(device, non_blocking=True),
+                    masks={m: x.to(device, non_blocking=True) for m, x in view.masks.items()},
+                )
+                for view in self.views
+            )
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentMIMConfig:
     """What is trained and by which losses; the defaults are those of v1.1 and v1.2."""
@@ -69,6 +106,13 @@ class LatentMIMLoss:
     contrast: Float[Tensor, ""]
     """Already weighted."""
 
+    @property
+    def terms(self) -> dict[str, Float[Tensor, ""]]:
+        """Name what a log should hold: the views' losses by modality, averaged, and the contrast."""
+        names = dict.fromkeys(m for losses in self.views for m in losses)
+        found = {m: [losses[m].detach() for losses in self.views if m in losses] for m in names}
+        return {m: torch.stack(values).mean() for m, values in found.items()} | {"contrast": self.contrast.detach()}
+
 
 class LatentMIM(nn.Module):
     """Student, predictor and teacher; its forward pass is a loss, so that it can be wrapped by DDP and FSDP."""
@@ -83,8 +127,8 @@ class LatentMIM(nn.Module):
         else:
             self.teacher = fresh_teacher(self.encoder, seed=config.teacher_seed)
 
-    def forward(self, *views: View, generator: torch.Generator | None = None) -> LatentMIMLoss:
-        """Average the views' losses and add the contrast of the first two.
+    def forward(self, views: Views, generator: torch.Generator | None = None) -> LatentMIMLoss:
+        """Average the views' losses and add the contrast of two.
 
         The generator draws the dropped bands; drop path uses the global one. Views that share their inputs share the
         teacher's work.
@@ -93,9 +137,10 @@ class LatentMIM(nn.Module):
             raise InputError(f"{len(views)} views came; the contrast needs 2: give two, or contrast_weight=0")
         terms, pooled, zeros = [], [], []
         target: dict[str, Tensor] = {}
-        for i, view in enumerate(views):
-            if i == 0 or view.inputs is not views[i - 1].inputs:
-                target = self.teacher(view.inputs, view.patch_px)
+        last: Mapping[str, Tensor] | None = None
+        for view in views:
+            if view.inputs is not last:
+                target, last = self.teacher(view.inputs, view.patch_px), view.inputs
             losses, aggregated, zero = self._view(view, target, generator)
             terms.append(losses)
             pooled.append(aggregated)
