@@ -197,6 +197,14 @@ MODALITIES: dict[str, Modality] = {
             plausible=(-40, 10),
         ),
         Modality(
+            name="sentinel1_ascending",
+            title="Sentinel-1 backscatter of ascending orbits",
+            bands=_plain(10, "vv", "vh"),
+            unit="db",
+            nodata=-32768,
+            plausible=(-40, 10),
+        ),
+        Modality(
             name="landsat",
             title="Landsat 8/9 level 1",
             bands=_landsat8(*_LANDSAT),
