@@ -14,7 +14,7 @@ import rasterio
 from panterra.cli import app, main
 from panterra.planet import write_planet_scene
 
-COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map")
+COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "data")
 RANDOM = ("--model", "olmoearth-v1.2-nano", "--random", "0")
 
 
@@ -41,9 +41,9 @@ def test_help_lists_every_command(capsys):
     assert {name for name in app if not name.startswith("-")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "data build", "data inspect", "data verify"])
 def test_help_ends_in_an_example(name, capsys):
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     last = capsys.readouterr().out.strip().split("Example: ")[-1]
     assert last.startswith(f"panterra {name}")
     app.parse_args(" ".join(last.split()).split()[1:], exit_on_error=False, print_error=False)

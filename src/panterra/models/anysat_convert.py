@@ -1,0 +1,223 @@
+"""AnySat's weights: the published files in our words and back, and our own files."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from panterra.errors import InputError
+from panterra.modalities import Band, Modality
+from panterra.models.anysat import AnySat, AnySatConfig
+from panterra.models.anysat_attention import Layout
+from panterra.models.anysat_sensors import NEW_SENSORS, SENSORS, Sensor
+from panterra.models.anysat_statistics import Statistics
+from panterra.models.convert import check_fit
+
+ANYSAT_LICENCE = "MIT"
+FORMAT = "panterra-anysat-1"
+
+# Published name -> ours. The published combiner is the last of the blocks; its number depends on the depth.
+_STAGES = {f"inconv.{4 * i + j}.": f"stages.{i}.{part}." for i in range(5) for j, part in enumerate(("linear", "norm"))}
+_SERIES = {
+    "pad_parameter": "pad",
+    **{f"patch_embed.{old}": new for old, new in _STAGES.items()},
+    "patch_embed.attention_heads.Q": "query",
+    "patch_embed.attention_heads.fc1_k.": "key.",
+    "patch_embed.in_norm.": "in_norm.",
+    "patch_embed.mlp.0.": "output.linear.",
+    "patch_embed.mlp.1.": "output.norm.",
+    "patch_embed.out_norm.": "out_norm.",
+}
+_IMAGE = {
+    "patch_embed.weight": "embed.weight",
+    "mlp.0.": "expand.",
+    "mlp.1.": "norm1.",
+    "mlp.3.": "shrink.",
+    "mlp.4.": "norm2.",
+}
+_COMBINER = {
+    "attn.q_learned": "query",
+    "attn.wk.": "key.",
+    "attn.wv.": "value.",
+    "attn.proj.": "proj.",
+    "attn.rpe_k.lookup_table_weight": "distance",
+}
+_TRUNK = {
+    "cls_token": "class_token",
+    "spatial_encoder.cls_token": "patch_encoder.class_token",
+    "spatial_encoder.predictor_norm.": "patch_encoder.norm.",
+    "spatial_encoder.predictor_blocks.": "patch_encoder.blocks.",
+}
+_TABLE = ("attn.rpe_k.lookup_table_weight", "attn.distance")
+_PROJECTOR = re.compile(r"^projector_([^.]+)\.")
+
+
+def anysat_state(published: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
+    """Rename the entries of a published state dict to ours.
+
+    The prefix "target_encoder." gives the teacher, "model.encoder." the student of a training checkpoint.
+    """
+    entries = {key.removeprefix(prefix): value for key, value in published.items() if key.startswith(prefix)}
+    last = _depth(entries)
+    return {_ours(key, last): value for key, value in entries.items()}
+
+
+def published_anysat_state(state: Mapping[str, Tensor], config: AnySatConfig, *, prefix: str = "") -> dict[str, Tensor]:
+    """Rename our entries, or their gradients, to the published names; undoes `anysat_state`."""
+    sensors = {sensor.name: sensor for sensor in config.sensors}
+    return {prefix + _published(key, config.depth, sensors): value for key, value in state.items()}
+
+
+def _ours(key: str, last: int) -> str:
+    if found := _PROJECTOR.match(key):
+        rest = key[found.end() :]
+        return f"projectors.{found[1]}.{_swap(rest, _IMAGE if _is_image(rest) else _SERIES)}"
+    if key.startswith(home := f"blocks.{last}."):
+        return "combiner." + _swap(key.removeprefix(home), _COMBINER)
+    return _swap(key, _TRUNK).replace(*_TABLE)
+
+
+def _published(key: str, depth: int, sensors: Mapping[str, Sensor]) -> str:
+    head, _, rest = key.partition(".")
+    if head == "projectors":
+        name, _, rest = rest.partition(".")
+        table = _SERIES if sensors[name].dated else _IMAGE
+        return f"projector_{name}.{_swap(rest, {new: old for old, new in table.items()})}"
+    if head == "combiner":
+        return f"blocks.{depth}.{_swap(rest, {new: old for old, new in _COMBINER.items()})}"
+    old = _swap(key, {new: old for old, new in _TRUNK.items()})
+    return old.replace(_TABLE[1], _TABLE[0])
+
+
+def _is_image(rest: str) -> bool:
+    return rest == "patch_embed.weight" or rest.startswith("mlp.")
+
+
+def _swap(key: str, table: Mapping[str, str]) -> str:
+    old = next((old for old in table if key.startswith(old)), "")
+    return table.get(old, "") + key.removeprefix(old)
+
+
+def _depth(entries: Mapping[str, Tensor]) -> int:
+    """Find the number of the last block, which is the combiner."""
+    return max((int(found[1]) for key in entries if (found := re.match(r"^blocks\.(\d+)\.", key))), default=0)
+
+
+def anysat_config_of(published: Mapping[str, Tensor], *, layout: Layout = "tokens") -> AnySatConfig:
+    """Read a configuration off the shapes of a published state dict, given without prefix. Raises InputError."""
+    table = published.get("spatial_encoder.predictor_blocks.0.attn.rpe_k.lookup_table_weight")
+    token = published.get("cls_token")
+    if table is None or token is None or table.ndim != 3:
+        raise InputError("the file has no AnySat encoder in it; wanted AnySat.pth, or a checkpoint of its training")
+    names = list(dict.fromkeys(found[1] for key in published if (found := _PROJECTOR.match(key))))
+    known = {**SENSORS, **NEW_SENSORS}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"the file has a projector for {unknown[0]!r}; known sensors: {', '.join(known)}")
+    dim = token.shape[-1]
+    order = [name for name in known if name in names]
+    return AnySatConfig(
+        dim=dim,
+        depth=_depth(published),
+        heads=dim // table.shape[1],
+        sensors=tuple(known[name] for name in order),
+        layout=layout,
+    )
+
+
+def load_anysat(path: Path | str, *, name: str | None = None, layout: Layout = "tokens") -> AnySat:
+    """Load the published weights: `AnySat.pth`, a folder that holds it, or a checkpoint of the published training.
+
+    Of a training checkpoint the teacher is taken, as published fine-tuning does. Raises InputError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [p for p in (path / "AnySat.pth", path / "models" / "AnySat.pth") if p.is_file()]
+        if not found:
+            raise InputError(f"{path} has no AnySat.pth; fetch it from huggingface.co/g-astruc/AnySat")
+        path = found[0]
+    published = _open(path)
+    for prefix in ("target_encoder.", "model.encoder."):
+        if any(key.startswith(prefix) for key in published):
+            published = {k.removeprefix(prefix): v for k, v in published.items() if k.startswith(prefix)}
+            break
+    with torch.random.fork_rng(devices=[]):
+        model = AnySat(anysat_config_of(published, layout=layout), name=name or str(path.resolve()))
+    state = {key: value.to(torch.float32) for key, value in anysat_state(published).items()}
+    check_fit(model.state_dict(), state, source=str(path))
+    model.load_state_dict(state)
+    model.licence = ANYSAT_LICENCE
+    return model.eval()
+
+
+def _open(path: Path) -> dict[str, Tensor]:
+    """Open a pickled checkpoint without running anything that is in it."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; fetch AnySat.pth from huggingface.co/g-astruc/AnySat")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds more than tensors, so it was not opened; get the file from its publisher"
+        ) from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise InputError(f"{path} is damaged or cut short ({reason}); fetch it again") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a dictionary of tensors; wanted a state dict")
+    return state
+
+
+def anysat_json(model: AnySat) -> dict[str, Any]:
+    """Say in plain JSON all that a model is besides its tensors: sizes, sensors, statistics, licence."""
+    return {
+        "format": FORMAT,
+        "name": model.name,
+        "licence": model.licence,
+        "config": _plain(asdict(model.config)),
+        "statistics": {name: _plain(asdict(found)) for name, found in model.statistics.items()},
+    }
+
+
+def anysat_from_json(saved: Mapping[str, Any], *, name: str) -> AnySat:
+    """Build the model that `anysat_json` described, whose weights are still to be loaded. Raises InputError."""
+    if saved.get("format") != FORMAT:
+        raise InputError(f"the configuration is {saved.get('format')!r}, not {FORMAT!r}; update panterra")
+    try:
+        config = dict(saved["config"])
+        config["sensors"] = tuple(_sensor(sensor) for sensor in config["sensors"])
+        statistics = {key: Statistics(**_tuples(value)) for key, value in saved["statistics"].items()}
+        with torch.random.fork_rng(devices=[]):
+            model = AnySat(AnySatConfig(**config), name=name, statistics=statistics)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the configuration is incomplete ({error}); save the model again") from None
+    model.licence = saved.get("licence")
+    return model
+
+
+def _sensor(saved: Mapping[str, Any]) -> Sensor:
+    fields = _tuples(saved)
+    if (row := fields["declared"]) is not None:
+        row = {**row, "bands": tuple(Band(**band) for band in row["bands"])}
+        fields["declared"] = Modality(**row)
+    return Sensor(**fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
