@@ -1,0 +1,166 @@
+"""Settings that a person changes: `key=value`, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from panterra.errors import InputError
+from panterra.modalities import MODALITIES
+from panterra.models.normalize import olmoearth_range
+from panterra.objectives.losses import LOSSES, Pair, token_loss
+from panterra.objectives.masking import STRATEGIES, make_masks
+from panterra.recipes.olmoearth import OlmoEarthRecipe
+
+_Settings = TypeVar("_Settings")
+
+CHOICES: dict[str, Mapping[str, Callable[..., Any]]] = {"masking": STRATEGIES, "loss": LOSSES}
+"""Settings that name a function by their key "type"; the other keys are that function's options."""
+_NOT_OPTIONS = ("generator", "across_ranks", "base")
+_TUPLES = {Collection[str]: tuple[str, ...], Collection[str] | None: tuple[str, ...] | None}
+
+
+def override(recipe: OlmoEarthRecipe, changes: Sequence[str]) -> OlmoEarthRecipe:
+    """Apply changes such as `lr=1e-4`, `loss.tau=0.2`, `patch_px=1,2,4` or `steps=null`, in their order.
+
+    Values are JSON, or plain text; a tuple is a JSON list or its members between commas. Raises InputError.
+    """
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"{change!r} sets nothing; write it as key=value, such as lr=1e-4 or loss.tau=0.2")
+        recipe = _replaced(recipe, key.strip().split("."), value.strip(), key.strip())
+    return recipe
+
+
+def check(recipe: OlmoEarthRecipe) -> None:
+    """Refuse settings that a run would stumble over later. Raises InputError."""
+    for m in recipe.modalities:
+        if m not in MODALITIES:
+            raise InputError(f"no modality {m!r}; known: {', '.join(sorted(MODALITIES))}")
+        olmoearth_range(m)
+    for part in (recipe.encoder, recipe.objective.predictor):
+        if part.dim % 16 or part.dim % (4 * part.heads):
+            raise InputError(f"a width of {part.dim} with {part.heads} heads; take a multiple of 16 and of 4 per head")
+    counts = {"batch": recipe.batch, "micro_batch": recipe.micro_batch, "views": recipe.views}
+    for key, count in counts.items():
+        if count < 1:
+            raise InputError(f"{key} is {count}; wanted 1 at least")
+    if recipe.contrast_weight and recipe.views != 2:
+        raise InputError(f"{recipe.views} views with a contrast of two; set views=2, or contrast_weight=0")
+    for key in ("patch_px", "side_patches"):
+        if not getattr(recipe, key) or min(getattr(recipe, key)) < 1:
+            raise InputError(f"{key} is {list(getattr(recipe, key))}; wanted whole numbers from 1 on")
+    for key, known in CHOICES.items():
+        _check_options(key, getattr(recipe, key), known)
+    _try(recipe)
+
+
+def _replaced(settings: _Settings, path: Sequence[str], value: str, key: str) -> _Settings:
+    known = [f.name for f in fields(settings)]  # type: ignore[arg-type]
+    name, *rest = path
+    if name not in known:
+        raise _unknown(key, name, known)
+    held = getattr(settings, name)
+    if not rest:
+        if is_dataclass(held):
+            parts = ", ".join(f"{key}.{f.name}" for f in fields(held))
+            raise InputError(f"{key} is set by its parts: {parts}")
+        hint = get_type_hints(type(settings))[name]
+        return replace(settings, **{name: _parse(value, hint, key)})  # type: ignore[type-var]
+    if is_dataclass(held):
+        return replace(settings, **{name: _replaced(held, rest, value, key)})  # type: ignore[type-var]
+    if not isinstance(held, Mapping) or len(rest) > 1:
+        raise InputError(f"{key} has nothing to set inside {name}; write {name}=value")
+    return replace(settings, **{name: {**held, rest[0]: _option(name, held, rest[0], value, key)}})  # type: ignore[type-var]
+
+
+def _option(setting: str, held: Mapping[str, Any], name: str, value: str, key: str) -> Any:
+    """Parse one value of a mapping; that of a function's option by its type."""
+    if setting not in CHOICES:
+        return _plain(value)
+    known = CHOICES[setting]
+    if name == "type":
+        if value not in known:
+            raise _unknown(key, value, known)
+        return value
+    options = _options(known[held["type"]])
+    if name not in options:
+        raise _unknown(key, name, options)
+    return _parse(value, options[name], key)
+
+
+def _unknown(key: str, name: str, known: Iterable[str]) -> InputError:
+    near = get_close_matches(name, known, n=3) or sorted(known)
+    return InputError(f"no {name!r} to set ({key}); near it: {', '.join(near)}")
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Any]:
+    """List the options of a strategy or loss, those that it passes on included, with their types."""
+    bound = function if isinstance(function, partial) else partial(function)
+    hints = get_type_hints(bound.func)
+    named = inspect.signature(bound.func).parameters.values()
+    options = {p.name: hints[p.name] for p in named if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS}
+    if any(p.kind is p.VAR_KEYWORD for p in named):
+        given = {p.name: p.default for p in named} | bound.keywords
+        passed = [f for f in (*bound.args, *given.values()) if callable(f) and f is not inspect.Parameter.empty]
+        for other in passed:
+            options |= _options(other)
+    if "temperature" in options:
+        options["tau"] = options.pop("temperature")
+    return {name: hint for name, hint in options.items() if name not in bound.keywords}
+
+
+def _check_options(key: str, config: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]) -> None:
+    name = str(config.get("type"))
+    if name not in known:
+        raise _unknown(f"{key}.type", name, known)
+    options = _options(known[name])
+    strange = [option for option in config if option != "type" and option not in options]
+    if strange:
+        raise InputError(
+            f"{key} {name!r} has no option {strange[0]!r} (it has {', '.join(options)}); set it as a whole: "
+            f'{key}={{"type": "{name}"}}'
+        )
+
+
+def _plain(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _parse(value: str, hint: Any, key: str) -> Any:
+    """Read a value as the type of its setting."""
+    parsed, hint = _plain(value), _TUPLES.get(hint, hint)
+    listed = any(get_origin(kind) is tuple for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+    if listed and not isinstance(parsed, list | NoneType):
+        parsed = [_plain(part.strip()) for part in value.split(",")]
+    try:
+        return TypeAdapter(hint).validate_python(parsed)
+    except ValidationError as error:
+        raise InputError(f"{key} cannot be {value!r}: {error.errors()[0]['msg'].lower()}") from None
+
+
+def _try(recipe: OlmoEarthRecipe) -> None:
+    """Mask one patch and compare two tokens, so that what cannot work fails here."""
+    missing = {m: torch.zeros(1, 1, 1, 1, len(recipe.encoder.groups(m)), dtype=torch.bool) for m in recipe.modalities}
+    token = torch.ones(1, 2, 2)
+    pair = Pair(predicted=token, target=token, valid=torch.ones(1, 2, dtype=torch.bool))
+    try:
+        make_masks(missing, recipe.masking, generator=torch.Generator().manual_seed(0))
+        token_loss({recipe.modalities[0]: pair}, recipe.loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"masking or loss cannot be used so: {error}") from None

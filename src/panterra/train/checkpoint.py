@@ -1,0 +1,133 @@
+"""The state of a run on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+FACTS = "facts.json"
+
+
+def newest(folder: Path) -> Path | None:
+    """Find the checkpoint with most steps; unfinished ones have another name."""
+    return max((path for path in folder.glob("step_*") if path.suffix != ".part"), default=None)
+
+
+def at(folder: Path, step: int) -> Path | None:
+    """Find the checkpoint after a step."""
+    path = folder / f"step_{step:08d}"
+    return path if path.is_dir() else None
+
+
+def save(
+    folder: Path, objective: nn.Module, optimiser: torch.optim.Optimizer, facts: Mapping[str, Any], *, permanent: bool
+) -> Path:
+    """Write a checkpoint, all ranks together, and remove the temporary ones before it.
+
+    `facts` is plain JSON and says the step. The folder has its name only when everything is on disk; one that is there
+    already stays as it is.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+    path = folder / f"step_{facts['step']:08d}"
+    if path.exists():
+        return path
+    part, first = path.with_suffix(".part"), _rank() == 0
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    _meet()
+    with _one_process_is_meant():
+        save_tensors(_tensors(objective, optimiser), checkpoint_id=part)
+    if first:
+        write_json(part / FACTS, {**facts, "permanent": permanent})
+        part.rename(path)
+        _sync(folder)
+        for other in folder.glob("step_*"):
+            if other != path and _expired(other):
+                discard(other)
+    _meet()
+    return path
+
+
+def load(path: Path, objective: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Fill an objective, and its optimiser if given, from a checkpoint of any number of ranks; return its facts."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+    state = _tensors(objective, optimiser)
+    with _one_process_is_meant():
+        load_tensors(state, checkpoint_id=path)
+    set_model_state_dict(objective, state["model"])
+    if optimiser is not None:
+        set_optimizer_state_dict(objective, optimiser, state["optimiser"])
+    facts: dict[str, Any] = json.loads((path / FACTS).read_text())
+    return facts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either as it was or complete."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves nothing that looks like one."""
+    part = path if path.suffix == ".part" else path.rename(path.with_suffix(".part"))
+    shutil.rmtree(part)
+
+
+def _expired(path: Path) -> bool:
+    return path.suffix == ".part" or not json.loads((path / FACTS).read_text())["permanent"]
+
+
+def _tensors(objective: nn.Module, optimiser: torch.optim.Optimizer | None) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    state: dict[str, Any] = {"model": get_model_state_dict(objective)}
+    if optimiser is not None:
+        state["optimiser"] = get_optimizer_state_dict(objective, optimiser)
+    return state
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def _meet() -> None:
+    if _several():
+        dist.barrier()
+
+
+def _sync(folder: Path) -> None:
+    """Put a rename on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
