@@ -39,6 +39,39 @@ def test_what_is_saved_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(other.state_dict()[name], weight), name
 
 
+class Late(nn.Module):
+    """Its second layer takes part only when asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x, both):
+        return self.early(x) + (self.late(x) if both else 0)
+
+
+def late(steps, *, start=0, found=None):
+    """Train from step `start`, with the second layer from step 2 on."""
+    torch.manual_seed(0)
+    module = Late()
+    optimiser = make_optimiser(module, OPTIMISATION)
+    if found is not None:
+        checkpoint.load(found, module, optimiser)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    for step in range(start, steps):
+        optimiser.zero_grad()
+        module(x, both=step >= 2).square().sum().backward()
+        optimiser.step()
+    return module, optimiser
+
+
+def test_a_parameter_without_a_gradient_so_far_goes_on_too(tmp_path):
+    found = checkpoint.save(tmp_path, *late(2), {"step": 2}, permanent=True)
+    resumed, whole = late(5, start=2, found=found)[0], late(5)[0]
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
 def test_a_model_is_loaded_alone(tmp_path):
     module, optimiser = trained(2)
     path = checkpoint.save(tmp_path, module, optimiser, {"step": 2}, permanent=True)

@@ -320,6 +320,23 @@ def test_checks_see_the_objective_at_rest(tmp_path):
     assert same(exported(tmp_path / "one"), exported(tmp_path / "checked"))
 
 
+def test_what_comes_before_an_update_finds_gradients_and_old_weights(tmp_path):
+    seen = []
+
+    def look(objective, step):
+        weight = next(p for p in objective.parameters() if p.grad is not None)
+        seen.append((step, weight.detach().clone(), weight.grad.abs().sum() > 0))
+
+    started = RUN.objective
+    torch.manual_seed(RUN.init_seed)
+    first = next(p for p in started().parameters() if p.requires_grad)
+    train(replace(RUN, before_update=look), tmp_path, replace(HERE, steps_this_time=2))
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert all(found for _, _, found in seen)
+    assert torch.equal(seen[0][1], first)
+    assert not torch.equal(seen[1][1], first)
+
+
 def test_before_each_step_a_teacher_may_follow(tmp_path):
     steps = []
     train(replace(RUN, before_step=lambda objective, step: steps.append(step)), tmp_path, HERE)

@@ -112,6 +112,8 @@ class JEPA(nn.Module):
     Parameters of sensors that a batch lacks get no gradient: the optimiser must leave them alone, as published.
     """
 
+    leaves_out_parameters = True
+
     def __init__(self, config: JEPAConfig) -> None:
         super().__init__()
         self.config = config

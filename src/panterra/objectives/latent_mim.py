@@ -173,6 +173,8 @@ class LatentMIM(nn.Module):
         predictions = self.predictor(out.tokens, view.masks, view.timestamps, patch_px=view.patch_px)
         wanted = torch.cat([target[m].flatten(1, 4) for m in predictions.sizes], dim=1)
         pairs = pair_up(predictions.tokens, predictions.chosen.take(wanted), predictions.chosen, predictions.sizes)
+        # In the same order on all ranks, whatever each has seen, since their losses may meet.
+        pairs = {m: pairs[m] for m in view.masks}
         with torch.autocast(wanted.device.type, enabled=False):
             losses = token_loss(pairs, self.config.loss, across_ranks=self.config.across_ranks)
         assert out.aggregated is not None

@@ -178,7 +178,7 @@ def run_from(
             clip_norm=recipe.clip_norm,
         ),
         init_seed=recipe.init_seed,
-        before_step=follow_student,
+        before_update=follow_student,
         checks=checks,
         export=export,
         settings={**asdict(recipe), "samples": {source.name: len(samples[source.name]) for source in recipe.sources}},

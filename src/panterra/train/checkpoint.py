@@ -100,8 +100,27 @@ def _tensors(objective: nn.Module, optimiser: torch.optim.Optimizer | None) -> d
 
     state: dict[str, Any] = {"model": get_model_state_dict(objective)}
     if optimiser is not None:
+        _complete(optimiser)
         state["optimiser"] = get_optimizer_state_dict(objective, optimiser)
     return state
+
+
+def _complete(optimiser: torch.optim.Optimizer) -> None:
+    """Give parameters that have had no gradient yet the state that they would start from.
+
+    A new optimiser asks a checkpoint for the state of every parameter.
+    """
+    if not optimiser.state:
+        return
+    step = next(iter(optimiser.state.values()))["step"]
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            if weight not in optimiser.state:
+                optimiser.state[weight] = {
+                    "step": torch.zeros_like(step),
+                    "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
+                }
 
 
 @contextmanager

@@ -67,6 +67,8 @@ class Run:
     init_seed: int = 12536
     before_step: Callable[[nn.Module, int], None] | None = None
     """A teacher that follows, for example; takes the objective and the step, counted from 0."""
+    before_update: Callable[[nn.Module, int], None] | None = None
+    """The same between gradients and update."""
     checks: Sequence[Check] = ()
     export: Callable[[nn.Module, Path], None] | None = None
     """Writes a model folder."""
@@ -274,6 +276,8 @@ def update(run: Run, state: State, batches: Iterator[Sequence[Micro]], out: Path
         if state.step:
             save(run, state, out, options)
         refuse(run, state, out, losses=values[:-1].tolist(), norm=norms / ranks.world, terms=terms)
+    if run.before_update is not None:
+        run.before_update(state.objective, state.step)
     group["lr"] = learning_rate(state.step + 1, run.optimisation)
     state.optimiser.step()
     state.step, state.samples, state.stopped = state.step + 1, state.samples + int(samples), bool(stopped)

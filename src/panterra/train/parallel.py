@@ -18,6 +18,8 @@ from panterra.errors import InputError
 PARALLEL = ("auto", "none", "ddp", "fsdp")
 PATIENCE = timedelta(hours=1)
 """How long processes wait for each other: one may write a checkpoint while the others have nothing to do."""
+BLOCK_METHODS = ("first", "update")
+"""Other ways than a call into a transformer block, for which FSDP gathers its parameters too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,19 +113,29 @@ def compile_blocks(module: nn.Module) -> None:
 
 
 def distribute(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """Make of an objective the model that gives `Losses` and whose gradients are averages over ranks, in float32."""
+    """Make of an objective the model that gives `Losses` and whose gradients are averages over ranks, in float32.
+
+    An objective that leaves out parameters in some steps says so by an attribute `leaves_out_parameters`.
+    """
     model = Losses(objective)
     if ranks.parallel == "ddp":
-        # A group of its own: an objective's own collectives must not change places with DDP's.
-        group = dist.new_group(timeout=PATIENCE)
-        return nn.parallel.DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            # A group of its own: an objective's own collectives must not change places with DDP's.
+            process_group=dist.new_group(timeout=PATIENCE),
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(getattr(objective, "leaves_out_parameters", False)),
+        )
     if ranks.parallel == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for part in (*blocks(objective), model):
             fully_shard(part, mesh=mesh)
+            for method in BLOCK_METHODS:
+                if hasattr(part, method):
+                    register_fsdp_forward_method(part, method)
     return model
 
 
