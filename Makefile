@@ -35,10 +35,11 @@ bench: setup
 docs: setup
 	$(BIN)/zensical build --clean
 
-# make parity GOLDEN=folder: every recorded case in it against this implementation
+# make parity GOLDEN=folder: every recorded case in it against this implementation; one family's folder, or the parent
 parity: setup
 	@test -n "$(GOLDEN)" || { echo "say which cases: make parity GOLDEN=folder" >&2; exit 2; }
-	PANTERRA_GOLDEN="$(abspath $(GOLDEN))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_parity.py
+	PANTERRA_GOLDEN="$(abspath $(GOLDEN))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
+		tests/test_parity.py tests/test_parity_anysat.py
 
 clean:
 	rm -rf .venv site demo .mypy_cache .ruff_cache .pytest_cache

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from olmoearth_plain import PlainOlmoEarth
+from panterra.models.olmoearth import OlmoEarth
 from panterra.models.weights import load_model
 
 CASES: dict[str, dict[str, Any]] = {
@@ -49,13 +50,19 @@ def make_inputs(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Te
     return inputs, stamps.expand(case["batch"], -1, -1).contiguous()
 
 
+def load(name: str, *, dtype: torch.dtype | None = None) -> OlmoEarth:
+    model = load_model(name, random=0, dtype=dtype)
+    assert isinstance(model, OlmoEarth)
+    return model
+
+
 def runners(name: str, case: dict[str, Any], which: str) -> Callable[[], Any]:
     dtype = torch.bfloat16 if which == "bfloat16" else None
-    model = load_model(name, random=0, dtype=dtype)
+    model = load(name, dtype=dtype)
     inputs, stamps = make_inputs(case)
     patch = case["patch"]
     if which in ("plain", "plain_sorted"):
-        plain = PlainOlmoEarth(load_model(name, random=0))
+        plain = PlainOlmoEarth(load(name))
         if which == "plain":
             return lambda: plain(inputs, stamps, patch_px=patch)
         grid = (case["batch"], case["px"] // patch, case["px"] // patch, case["dates"])
@@ -67,7 +74,7 @@ def runners(name: str, case: dict[str, Any], which: str) -> Callable[[], Any]:
 
 def gigaflops(name: str, case: dict[str, Any]) -> float:
     """Count the multiply-adds of one call, two operations each: layers and attention."""
-    model = load_model(name, random=0)
+    model = load(name)
     c = model.config
     tokens, embedding = 0, 0.0
     patches = (case["px"] // case["patch"]) ** 2 * case["dates"]

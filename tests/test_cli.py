@@ -14,7 +14,7 @@ import rasterio
 from panterra.cli import app, main
 from panterra.planet import write_planet_scene
 
-COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "data")
+COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "pretrain", "data")
 RANDOM = ("--model", "olmoearth-v1.2-nano", "--random", "0")
 
 
@@ -75,7 +75,9 @@ def test_models_say_their_licence(capsys):
     assert "military" in out
     cards = answer(capsys, "models")
     assert cards["olmoearth-v1.2-nano"]["dim"] == 128
-    assert all(card["licence"] and card["address"] for card in cards.values())
+    assert cards["anysat-base"]["licence"] == "MIT"
+    assert all(bool(card["licence"]) == bool(card["address"]) for card in cards.values())
+    assert [name for name, card in cards.items() if card["address"] is None] == ["anysat-tiny", "anysat-small"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Recorded numbers of the published AnySat: every case of a folder laid out like `golden/anysat`.
 
-`PANTERRA_GOLDEN_ANYSAT` names the folder. A case that nothing here knows fails as not covered.
+`make parity GOLDEN=DIR` runs this on any such folder, or on the parent of both families; `PANTERRA_GOLDEN_ANYSAT` names
+the folder alone. Without either the cases in `tests/golden` run, whose weights are cut to two sensors, and those of
+`../shared/golden` where that is present. A case that nothing here knows fails as not covered.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from panterra.models.anysat_projectors import CellProjector, Grid, Input, Series
 from panterra.models.anysat_sensors import NEW_SENSORS, SENSORS, Sensor, hub_sensors
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = (ROOT / os.environ.get("PANTERRA_GOLDEN_ANYSAT", "../shared/golden/anysat")).resolve()
+GIVEN = os.environ.get("PANTERRA_GOLDEN_ANYSAT") or os.environ.get("PANTERRA_GOLDEN")
 RTOL, ATOL = 1e-4, 2e-5
 
 
@@ -430,20 +432,36 @@ def check_of(path: Path) -> Callable[[Path], None] | None:
     return CHECKS.get(begin)
 
 
+def is_anysat(folder: Path) -> bool:
+    """Tell AnySat's cases, whose listings say their kind, from another family's."""
+    return folder.is_dir() and any("kind" in json.loads(path.read_text()) for path in folder.glob("*.json"))
+
+
+def find_folders() -> list[Path]:
+    roots = [ROOT / GIVEN] if GIVEN else [ROOT / "tests" / "golden", ROOT.parent / "shared" / "golden"]
+    return [folder for root in roots for folder in (root, root / "anysat") if is_anysat(folder)]
+
+
 def find_cases(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("*.json") if path.name != "INDEX.json") if root.is_dir() else []
+    return sorted(path for path in root.glob("*.json") if path.name != "INDEX.json")
 
 
-@pytest.mark.parametrize("path", find_cases(GOLDEN), ids=lambda path: path.stem)
+FOLDERS = find_folders()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in FOLDERS for path in find_cases(folder)],
+    ids=lambda p: f"{p.parent.parent.name}-{p.stem}",
+)
 def test_case(path: Path) -> None:
     check = check_of(path)
     assert check is not None, f"{path.stem} is not covered"
     check(path)
 
 
-def test_every_file_belongs_to_a_case() -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"recorded cases are absent: no folder {GOLDEN}; set PANTERRA_GOLDEN_ANYSAT to it")
-    listings = [path.read_text() for path in find_cases(GOLDEN)]
-    for path in GOLDEN.glob("*.safetensors"):
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_every_file_belongs_to_a_case(folder: Path) -> None:
+    listings = [path.read_text() for path in find_cases(folder)]
+    for path in folder.glob("*.safetensors"):
         assert path.with_suffix(".json").is_file() or any(path.name in text for text in listings), path.name

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from panterra import MODALITIES, Batch, InputError, Observation, load_model
+from panterra.models.anysat import AnySat, anysat_config
+from panterra.models.anysat_convert import published_anysat_state
+from panterra.models.anysat_new_sensor import add_modality
+from panterra.models.features import Encoder, Fitted
 from panterra.models.olmoearth import OBSERVED, TARGET_ONLY, V1_BAND_SETS
 from panterra.models.weights import MODELS, passport, save_model, weights_checksum
 
@@ -222,7 +227,7 @@ def test_our_own_folder_cut_short_gets_one_line(tmp_path, file, keep):
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(InputError, match=r"no model or folder 'olmo'.*olmoearth-v1.2-nano"):
         load_model("olmo")
-    with pytest.raises(InputError, match="random weights need a released name"):
+    with pytest.raises(InputError, match="random weights need the name of an architecture"):
         load_model("olmo", random=1)
 
 
@@ -245,3 +250,106 @@ def test_being_offline_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"could not be fetched.*give its folder"):
         load_model("olmoearth-v1.2-nano")
+
+
+@pytest.fixture(scope="module")
+def anysat_file(tmp_path_factory):
+    """Weights in the published layout, at a size that is quick to write."""
+    torch.manual_seed(0)
+    small = AnySat(replace(anysat_config("tiny"), dim=96, depth=1, heads=2))
+    folder = tmp_path_factory.mktemp("published") / "models"
+    folder.mkdir()
+    torch.save(published_anysat_state(small.state_dict(), small.config), folder / "AnySat.pth")
+    return folder / "AnySat.pth", weights_checksum(small)
+
+
+def test_anysat_comes_from_a_file_its_folder_or_the_repository(anysat_file, monkeypatch):
+    path, checksum = anysat_file
+    asked = []
+
+    def download(repo_id, **options):
+        asked.append((repo_id, options["allow_patterns"]))
+        return str(path.parent.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for given in (path, path.parent, path.parent.parent, "anysat-base", "g-astruc/AnySat"):
+        model = load_model(given)
+        assert isinstance(model, Encoder)
+        assert isinstance(model, Fitted)
+        assert weights_checksum(model) == checksum
+        assert weights_checksum(load_model(model.name)) == checksum
+        assert model.licence == "MIT"
+        assert not model.training
+    assert asked[0] == ("g-astruc/AnySat", ["models/AnySat.pth"])
+    assert {repo for repo, _ in asked} == {"g-astruc/AnySat"}
+    assert passport(load_model("anysat-base"))["source"] == "https://huggingface.co/g-astruc/AnySat"
+
+
+def test_a_saved_anysat_is_the_same_model(tmp_path):
+    drawn = load_model("anysat-tiny", random=2)
+    assert drawn.name == "anysat-tiny (random weights, seed 2)"
+    assert weights_checksum(load_model(drawn.name)) == weights_checksum(drawn)
+    add_modality(drawn, "hls")
+    drawn = drawn.with_statistics(drawn.fit_statistics([batch()]))
+    again = load_model(save_model(drawn, tmp_path / "ours"))
+    assert again.config == drawn.config
+    assert again.statistics == drawn.statistics
+    assert torch.equal(again.encode(batch(), patch_m=40).patches, drawn.encode(batch(), patch_m=40).patches)
+    about = passport(again)
+    assert about["weights_sha256"] == passport(drawn)["weights_sha256"]
+    assert (about["family"], about["missing"], about["layout"]) == ("anysat", "masked", "tokens")
+    assert about["statistics"]["s2"]["count"] == 2 * 16 * 16
+    assert about["statistics"] == json.loads(json.dumps(about["statistics"]))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_cards_of_anysat_count_its_parameters(size):
+    with torch.device("meta"):
+        model = AnySat(anysat_config(size))
+    card = MODELS[f"anysat-{size}"]
+    assert (sum(p.numel() for p in model.parameters()), model.dim) == (card.parameters, card.dim)
+
+
+def test_statistics_belong_to_a_copy(tmp_path):
+    model = load_model("anysat-tiny", random=0)
+    assert model.missing_statistics(["sentinel2_l2a", "sentinel1"]) == ("sentinel2_l2a", "sentinel1")
+    fitted = model.with_statistics(model.fit_statistics([batch()]))
+    assert fitted.missing_statistics(["sentinel2_l2a", "sentinel1"]) == ("sentinel1",)
+    assert model.missing_statistics(["sentinel2_l2a"]) == ("sentinel2_l2a",)
+    pixels = batch().observations["sentinel2_l2a"].pixels
+    mean, std = fitted.statistics_of("sentinel2_l2a")["B02"]
+    assert mean == pytest.approx(float(pixels[:, :, 0].mean()), rel=1e-5)
+    assert std == pytest.approx(float(pixels[:, :, 0].std(correction=0)), rel=1e-5)
+    assert model.statistics_of("sentinel2_l2a") == {}
+    assert load_model("anysat-tiny", random=0, normalized_input=True).missing_statistics(["sentinel1"]) == ()
+    assert not isinstance(load_model("olmoearth-v1.2-nano", random=0), Fitted)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: {"s9": s["s2"]}, "no sensor 's9'"),
+        (lambda s: {"s2": {"mean": [1]}}, "damaged"),
+        (lambda s: {"s1": s["s2"]}, "of other channels"),
+    ],
+)
+def test_statistics_of_another_model_are_refused(spoil, message):
+    model = load_model("anysat-tiny", random=0)
+    with pytest.raises(InputError, match=message):
+        model.with_statistics(spoil(model.fit_statistics([batch()])))
+
+
+@pytest.mark.parametrize("name", ["anysat-tiny", "anysat-small"])
+def test_sizes_without_published_weights_say_so(name):
+    assert MODELS[name].address is None
+    assert "Only base was published" in MODELS[name].terms
+    with pytest.raises(InputError, match=f"no weights of {name} were published.*--random 0"):
+        load_model(name)
+
+
+def test_behaviours_belong_to_a_family():
+    assert load_model("anysat-tiny", random=0, missing="published").missing == "published"
+    with pytest.raises(InputError, match="attention='published_fast' is no behaviour of anysat-tiny"):
+        load_model("anysat-tiny", random=0, attention="published_fast")
+    with pytest.raises(InputError, match=r"missing='published' is no behaviour of olmoearth-v1\.2-nano"):
+        load_model("olmoearth-v1.2-nano", random=0, missing="published")

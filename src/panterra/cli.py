@@ -31,7 +31,7 @@ app = App(
 
 Json = Annotated[bool, Parameter(name="--json", show_default=False, help="Print the result as JSON and nothing else.")]
 SceneAddress = Annotated[str, Parameter(help="A scene: a folder with scene.json, or the address of an ItemCollection.")]
-ModelName = Annotated[str, Parameter(name="--model", help="A released name (see: panterra models), or a folder.")]
+ModelName = Annotated[str, Parameter(name="--model", help="A name (see: panterra models), or a folder.")]
 RandomSeed = Annotated[
     int | None,
     Parameter(name="--random", help="Draw the weights from this seed instead of loading them: trials and baselines."),
@@ -57,7 +57,7 @@ def demo(
     scene: Annotated[str | None, Parameter(help="A scene of your own instead of the procedural planet.")] = None,
     labels: Annotated[Path | None, Parameter(help="Its labels: points or polygons with a class.")] = None,
     column: LabelColumn | None = None,
-    model: Annotated[str | None, Parameter(help="Released name or folder; random weights if left out.")] = None,
+    model: Annotated[str | None, Parameter(help="Name or folder; random weights if left out.")] = None,
     random: RandomSeed = None,
     patch_m: PatchM = 20,
     window_px: WindowPx | None = None,
@@ -92,7 +92,7 @@ def demo(
 
 @app.command(sort_key=2, help_epilogue="Example: panterra models")
 def models(*, as_json: Json = False) -> None:
-    """List the released models, their sizes and their licences."""
+    """List the models, their sizes and the licences of their weights."""
     from panterra.commands.terminal import show_json, show_table
     from panterra.models.weights import MODELS
 
@@ -101,7 +101,10 @@ def models(*, as_json: Json = False) -> None:
         return
     show_table(
         ["name", "family", "parameters", "embedding", "licence", "weights from"],
-        [(m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence, m.address) for m in MODELS.values()],
+        [
+            (m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence or "-", m.address or "not published")
+            for m in MODELS.values()
+        ],
     )
     for terms in dict.fromkeys(m.terms for m in MODELS.values()):
         print(f"\n{terms}")
@@ -113,16 +116,16 @@ def doctor(
     /,
     *,
     model: ModelName | None = None,
+    probe: Annotated[Path | None, Parameter(help="A probe that is to map the scene, and its model.")] = None,
     repair: Annotated[Path | None, Parameter(help="Write a scene with the exact fixes applied to this folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare what a scene holds with what a model expects; name each mismatch and its fix."""
+    """Compare what a scene holds with what a model or a probe expects; name each mismatch and its fix."""
+    from panterra.commands.doctor import diagnose
     from panterra.commands.terminal import note, show_json, show_table
-    from panterra.imagery import doctor as examination
-    from panterra.imagery.stac import open_scene
+    from panterra.imagery.doctor import repair as write_repaired
 
-    opened = open_scene(scene)
-    findings = examination.examine(opened, _modalities_of(model) if model else None)
+    opened, findings = diagnose(scene, model=model, probe=probe)
     if as_json:
         show_json(
             [
@@ -136,7 +139,7 @@ def doctor(
             [(f.level, f.modality, f.what, f"{f.fix} (exact)" if f.exact and f.fix else f.fix) for f in findings],
         )
     if repair is not None:
-        examination.repair(opened, findings, repair)
+        write_repaired(opened, findings, repair)
         note(f"The repaired scene is in {repair}; examine it once more with: panterra doctor {repair}")
 
 
@@ -208,7 +211,7 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Embed a scene: one vector per patch. A stopped run goes on where it was."""
-    from panterra.commands.terminal import progress_bar, show_json
+    from panterra.commands.terminal import note, progress_bar, show_json
     from panterra.mapping import run
     from panterra.models.weights import load_model
 
@@ -226,6 +229,7 @@ def embed(
             overwrite=overwrite,
             country=country,
             progress=progress,
+            note=note,
         )
     rows, cols = store.box.shape
     if as_json:
@@ -298,7 +302,7 @@ def map(
     as_json: Json = False,
 ) -> None:
     """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
-    from panterra.commands.terminal import progress_bar, show_json
+    from panterra.commands.terminal import note, progress_bar, show_json
     from panterra.mapping import run
     from panterra.models.weights import load_model
 
@@ -313,6 +317,7 @@ def map(
             overwrite=overwrite,
             country=country,
             progress=progress,
+            note=note,
         )
     energy = result.energy
     if as_json:
@@ -330,11 +335,107 @@ def map(
     print(f"{result.path}: {result.seconds:.0f} s, {energy.kwh * 1000:.3g} Wh ({energy.method}); {result.passport}")
 
 
-def _modalities_of(model: str) -> tuple[str, ...]:
-    """Say what a model looks at, without fetching the weights of a released one."""
-    from panterra.models.weights import MODELS, load_model
+@app.command(
+    sort_key=8,
+    help_epilogue="Example: panterra pretrain olmoearth-v1.2-nano --data corpus --out run --set batch=64",
+)
+def pretrain(
+    name: Annotated[str | None, Parameter(help="A recipe, see --list.")] = None,
+    /,
+    *,
+    data: Annotated[
+        list[Path] | None,
+        Parameter(consume_multiple=True, help="Corpora: folders with sample_metadata.csv and sample_*.h5."),
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="Folder of the run; one that is there goes on.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        Parameter(name="--set", consume_multiple=True, help="Settings: lr=1e-4 loss.tau=0.2 steps=500."),
+    ] = None,
+    show_list: Annotated[bool, Parameter(name="--list", show_default=False, help="List the recipes.")] = False,
+    dry_run: Annotated[bool, Parameter(show_default=False, help="Count tokens, memory, time and energy only.")] = False,
+    steps_now: Annotated[int | None, Parameter(help="Stop after so many steps, with a checkpoint.")] = None,
+    parallel: Annotated[
+        Literal["auto", "none", "ddp", "fsdp"], Parameter(help="How processes that torchrun started share the work.")
+    ] = "auto",
+    precision: Annotated[
+        Literal["float32", "bfloat16"] | None, Parameter(help="The same as --set precision=...")
+    ] = None,
+    compile: Annotated[bool, Parameter(show_default=False, help="Compile the transformer blocks.")] = False,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int, Parameter(help="Processes that read samples, for each rank.")] = 2,
+    report_to: Annotated[
+        list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] | None,
+        Parameter(consume_multiple=True, help="Where numbers go; jsonl and tensorboard if left out."),
+    ] = None,
+    labelled: Annotated[
+        Path | None, Parameter(help="Labelled samples (.npz) for nearest neighbours on the way.")
+    ] = None,
+    check_every: Annotated[int, Parameter(help="Steps between checks for collapse; 0 leaves them out.")] = 1000,
+    export: Annotated[Path | None, Parameter(help="Only make a model folder of a checkpoint of --out.")] = None,
+    step: Annotated[
+        int | None, Parameter(help="For --export: of the checkpoint after this step, not the newest.")
+    ] = None,
+    save_every: Annotated[int, Parameter(help="Steps between checkpoints.")] = 250,
+    ranks: Annotated[int, Parameter(help="For --dry-run: processes that share a step.")] = 1,
+    tflops: Annotated[
+        float | None, Parameter(help="For --dry-run: TFLOP/s of a rank; measured here if left out.")
+    ] = None,
+    watts: Annotated[float | None, Parameter(help="For --dry-run: what a rank draws.")] = None,
+    country: Country | None = None,
+    as_json: Json = False,
+) -> None:
+    """Pretrain a model by a recipe. A stopped run goes on where it was, with the numbers of one that never stopped."""
+    from panterra.commands import pretrain as command
+    from panterra.commands.terminal import show_json
+    from panterra.train.loop import Options
 
-    return load_model(model, random=0 if model in MODELS else None).modalities
+    if show_list:
+        listed = command.list_recipes()
+        show_json(listed) if as_json else command.show_recipes(listed)
+        return
+    if name is None:
+        raise InputError("which recipe? give its name, such as olmoearth-v1.2-nano; --list shows all")
+    settings = command.configured(name, changes or [], precision=precision)
+    if dry_run:
+        plan = command.dry_run(
+            settings,
+            data or [],
+            ranks=ranks,
+            sharded=parallel == "fsdp",
+            device=device,
+            tflops=tflops,
+            watts=watts,
+            country=country,
+        )
+        show_json(plan.as_dict()) if as_json else command.show_plan(plan)
+        return
+    if out is None:
+        raise InputError("give the folder of the run with --out, or count the run with --dry-run")
+    if export is not None:
+        folder = command.export_checkpoint(settings, data or [], out, export, step=step)
+        show_json({"model": str(folder)}) if as_json else print(f"The model is in {folder}")
+        return
+    result = command.run_pretrain(
+        settings,
+        data or [],
+        out,
+        labelled=labelled,
+        check_every=check_every,
+        options=Options(
+            device=device,
+            parallel=parallel,
+            precision=settings.precision,
+            compile=compile,
+            workers=workers,
+            save_every=save_every,
+            logs=tuple(report_to or ("jsonl", "tensorboard")),
+            country=country,
+            steps_this_time=steps_now,
+        ),
+    )
+    if command.is_first_rank():
+        show_json(asdict(result)) if as_json else command.show_result(result)
 
 
 data = App(
@@ -511,8 +612,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error.name).startswith("panterra"):
             raise
         return _fail(f"this command needs {error.name}; install it with: pip install 'panterra[all]'", 2)
-    except KeyboardInterrupt:
-        return _fail("stopped", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "stopped", 130)
     except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

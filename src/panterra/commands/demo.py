@@ -71,6 +71,7 @@ def run_demo(
                 overlap_px=overlap_px,
                 overwrite=True,
                 progress=progress,
+                note=note,
             )
         note("Fitting a probe")
         fitted = fit_to_labels(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from panterra.commands.terminal import progress_bar
+from panterra.commands.terminal import note, progress_bar
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, Kind, Probe, Report, fit_probe
 from panterra.evaluate.splits import spatial_blocks
@@ -43,7 +43,7 @@ def as_embeddings(
     out = beside.with_name(f"{beside.name}-embeddings.zarr")
     with progress_bar("embedding") as progress:
         encoder = load_model(model, random=random)
-        return run.embed(source, encoder, out, patch_m=patch_m, overwrite=True, progress=progress)
+        return run.embed(source, encoder, out, patch_m=patch_m, overwrite=True, progress=progress, note=note)
 
 
 def fit_to_labels(
@@ -98,6 +98,7 @@ def fit_to_labels(
             patch_m=about["patch_m"],
             modalities=tuple(about["modalities"]),
             window_px=about["window_px"],
+            statistics=about["model"].get("statistics") or {},
         ),
         seed=seed,
     )

@@ -66,6 +66,8 @@ class FeatureSource:
     patch_m: float
     modalities: tuple[str, ...]
     window_px: int
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    """By what the encoder standardised, in its own words; empty where it has nothing to fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +236,7 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
             patch_m=float(config["patch_m"]),
             modalities=tuple(config["modalities"]),
             window_px=int(config["window_px"]),
+            statistics=dict(config.get("statistics") or {}),  # absent in probes of version 0.1
         )
     if set(tensors) != set(_TENSORS[kind]):
         raise ValueError(f"tensors {sorted(tensors)} instead of {sorted(_TENSORS[kind])}")

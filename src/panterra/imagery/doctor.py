@@ -57,6 +57,14 @@ FIRST_DATA = {
 }
 """The launch of each sensor."""
 
+FAR = 3.0
+"""Standard deviations by which a channel's mean may differ from what a model standardises by, without a warning."""
+SPREAD = 5.0
+"""The factor by which its standard deviation may."""
+
+Moments = Mapping[str, tuple[float, float]]
+"""Mean and standard deviation of each channel by name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -123,9 +131,31 @@ def examine(scene: Scene, modalities: Sequence[str] | None = None) -> list[Findi
             findings.append(
                 Finding(level="note", modality=name, what="the scene has none", fix="fetch it, or go without")
             )
+    return worst_first(findings)
+
+
+def worst_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Sort by level; stable, so that conversions stay in the order in which they apply."""
     order: list[Level] = ["error", "warning", "note", "ok"]
-    # Stable, so that conversions stay in the order in which they apply.
     return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def compare_statistics(modality: str, here: Moments, given: Moments, whose: str) -> list[Finding]:
+    """Show by what a model standardises a modality, and warn where the scene is far from it.
+
+    `here` are the scene's own statistics; `given` those that `whose` brings along, empty where the scene's are used.
+    """
+    used = given or here
+    listed = ", ".join(f"{channel} {mean:.4g} ± {std:.3g}" for channel, (mean, std) in used.items())
+    source = f"the statistics of {whose}" if given else "the scene's own statistics"
+    findings = [Finding(level="note", modality=modality, what=f"standardised by {source}: {listed}")]
+    for channel, (mean, std) in given.items():
+        found, spread = here[channel]
+        what = f"{channel} is {found:.4g} ± {spread:.3g} in the scene, {mean:.4g} ± {std:.3g} in {whose}"
+        if abs(found - mean) > FAR * std or not std / SPREAD <= spread <= std * SPREAD:
+            fix = "check units, offset and season of the scene; if they are right, fit to scenes like this one"
+            findings.append(Finding(level="warning", modality=modality, what=what, fix=fix))
+    return findings
 
 
 def repair(scene: Scene, findings: Sequence[Finding], out: str | Path) -> Scene:

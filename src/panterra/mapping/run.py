@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,11 +44,18 @@ from panterra.mapping.parts import Parts
 from panterra.mapping.passport import write_passport
 from panterra.mapping.sources import Encoding, Stored
 from panterra.mapping.tiles import Tile
+from panterra.modalities import MODALITIES
 from panterra.models import weights
-from panterra.models.features import Encoder
+from panterra.models.features import Encoder, Fitted
+from panterra.sample import Batch
 
 Progress = Callable[[int, int], None]
 """Called with how many windows (of stored embeddings: blocks) are done and how many there are."""
+Note = Callable[[str], None]
+"""Told in a sentence what else is being done."""
+
+STATISTICS_BYTES = 2**25
+"""What the pixels of a block may take where statistics are fitted; several copies of it are made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,7 @@ def embed(
     overwrite: bool = False,
     country: str | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> EmbeddingStore:
     """Embed a scene: one vector per patch, as a Zarr v3 store, or as a GeoTIFF where `out` ends in .tif.
 
@@ -87,10 +96,13 @@ def embed(
     Tiles of at most `tile_px` are units of work alone: their size changes the result by rounding, below 1e-4.
     `batch_windows` go through the encoder together; `workers` tiles are read ahead.
 
+    The common grid has pixels of 10 m, or those of the finest modality where all are coarser. An encoder that has no
+    statistics of what it is to be shown (see `Fitted`) gets those of everything in the box, fitted once beforehand.
+
     Finished tiles lie in `<out>.parts`: after any interruption the same call goes on from there and ends with the same
     bytes. Raises InputError where `out` exists or the parts are of another job, unless `overwrite`.
     """
-    scene, encoder, out = _as_scene(scene), _as_encoder(model), Path(out)
+    encoder, scene, out = _as_encoder(model), _as_scene(scene), Path(out)  # a model may declare modalities of its own
     cog = out.suffix.lower() in (".tif", ".tiff")
     if dtype not in DTYPES:
         raise InputError(f"embeddings of type {dtype!r} were asked for; wanted one of {', '.join(DTYPES)}")
@@ -101,7 +113,7 @@ def embed(
     work = Encoding.plan(
         scene,
         encoder,
-        box=box,
+        box=box if box is not None else common_grid(scene, encoder, modalities),
         patch_m=patch_m,
         modalities=modalities,
         window_px=window_px,
@@ -110,19 +122,27 @@ def embed(
         batch_windows=batch_windows,
         workers=workers,
     )
-    about = {**work.about, "licence": scene.licence}
+
+    def about() -> dict[str, Any]:
+        return {**work.about, "licence": scene.licence}
+
     parts = Parts(out, {**work.job, "dtype": dtype}, overwrite=overwrite)
     sink: _Cogs | _Zarr
     if cog:
         names, nodata = cog_band_names(encoder.dim, dtype), NO_BYTE if dtype == "int8" else math.nan
-        tags = cog_tags(about, dtype)
         sink = _Cogs(
             parts=parts,
             convert=lambda features: {"embeddings": cog_bands(features, dtype)},
             tiles=work.tiles,
             create=lambda folder: {
                 "embeddings": CogWriter(
-                    folder / out.name, work.grid, len(names), dtype, nodata=nodata, band_names=names, tags=tags
+                    folder / out.name,
+                    work.grid,
+                    len(names),
+                    dtype,
+                    nodata=nodata,
+                    band_names=names,
+                    tags=cog_tags(about(), dtype),
                 )
             },
         )
@@ -138,10 +158,10 @@ def embed(
                 dtype=dtype,
                 shard=(rows.tile, cols.tile),
                 chunk=(rows.stride, cols.stride),
-                about=about,
+                about=about(),
             ),
         )
-    energy = _run(work, parts, sink, country=country, progress=progress)
+    energy = _run(work, parts, sink, country=country, progress=progress, note=note)
     media_type = pystac.MediaType.COG if cog else "application/vnd.zarr; version=3"
     asset = pystac.Asset(str(out.absolute()), media_type=media_type, roles=["data"], extra_fields={"data_type": dtype})
     about_embeddings = {
@@ -171,13 +191,15 @@ def map(
     overwrite: bool = False,
     country: str | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> MapResult:
     """Map a scene, or embeddings that `embed` stored, with a probe: a GeoTIFF `out` with one pixel per patch.
 
     Classes are written as their codes with palette and names, values as float32; places without data are nodata.
     `probabilities` adds `<out>_probabilities.tif`, one float32 band per class. What the encoder should be, which
     modalities it sees and how large patches and windows are comes from the probe where it is not given; stored
-    embeddings need no encoder. Everything else is as in `embed`.
+    embeddings need no encoder. Statistics that the probe's features were standardised by go before all others.
+    Everything else is as in `embed`.
     """
     started, out = time.perf_counter(), Path(out)
     probe = probe if isinstance(probe, Probe) else load_probe(probe)
@@ -185,22 +207,26 @@ def map(
         raise InputError(f"a map is written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if probabilities and probe.task != "classes":
         raise InputError("the probe predicts values, which have no probabilities; leave them out")
-    given = scene if isinstance(scene, Scene | EmbeddingStore) else _as_scene_or_store(scene)
     source = probe.source
     work: Encoding | Stored
-    if isinstance(given, EmbeddingStore):
+    if isinstance(scene, EmbeddingStore) or (not isinstance(scene, Scene) and _is_store(scene)):
         if box is not None or model is not None:
             raise InputError("stored embeddings have their own area and encoder; leave out box and model")
-        work = Stored(store=given, workers=workers)
+        store = scene if isinstance(scene, EmbeddingStore) else open_embeddings(scene)
+        work = Stored(store=store, workers=workers)
     else:
         if source is None and (model is None or patch_m is None):
             raise InputError("the probe does not say how its features were made; give model and patch_m")
+        encoder = _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder)))
+        if source is not None and source.statistics and isinstance(encoder, Fitted):
+            encoder = encoder.with_statistics(source.statistics)
+        scene, seen = _as_scene(scene), modalities or (source.modalities if source else None)
         work = Encoding.plan(
-            given,
-            _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder))),
-            box=box,
+            scene,
+            encoder,
+            box=box if box is not None else common_grid(scene, encoder, seen),
             patch_m=cast(float, patch_m or (source and source.patch_m)),
-            modalities=modalities or (source.modalities if source else None),
+            modalities=seen,
             window_px=window_px or (source.window_px if source else 64),
             overlap_px=overlap_px,
             tile_px=tile_px,
@@ -215,7 +241,8 @@ def map(
         bands = [{"name": c.name} for c in probe.classes]
         assets["probabilities"] = _tif_asset(beside, bands=bands, data_type="float32")
     parts = Parts(out, {**work.job, "probe": about_probe, "probabilities": probabilities}, overwrite=overwrite)
-    energy = _run(work, parts, _map_sink(probe, work, out, beside, parts), country=country, progress=progress)
+    sink = _map_sink(probe, work, out, beside, parts)
+    energy = _run(work, parts, sink, country=country, progress=progress, note=note)
     _conclude(work, parts, assets, energy, {"panterra:probe": about_probe})
     return MapResult(
         path=out,
@@ -228,7 +255,13 @@ def map(
 
 
 def _run(
-    work: Encoding | Stored, parts: Parts, sink: _Cogs | _Zarr, *, country: str | None, progress: Progress | None
+    work: Encoding | Stored,
+    parts: Parts,
+    sink: _Cogs | _Zarr,
+    *,
+    country: str | None,
+    progress: Progress | None,
+    note: Note | None,
 ) -> EnergyReport:
     """Bring every tile into the sink; the thread that writes also applies the probe, while the encoder goes on."""
     done, total = 0, sum(work.cost(tile) for tile in work.tiles())
@@ -239,21 +272,63 @@ def _run(
         if progress:
             progress(done, total)
 
-    with measure_energy(country=country) as meter, parts.guard(), sink:
-        finished = [tile for tile in work.tiles() if parts.has(tile)] if len(parts) else []
-        for tile in finished:
-            sink.again(tile)
-        advance(sum(work.cost(tile) for tile in finished))
-        todo = (tile for tile in work.tiles() if not parts.has(tile))
-        with ThreadPoolExecutor(1, "panterra-write") as writer:
-            writing: deque[Future[None]] = deque()
-            for tile, features in work.features(todo, parts, advance):
-                writing.append(writer.submit(sink.put, tile, features))
-                if len(writing) > 1:
-                    writing.popleft().result()
-            for last in writing:
-                last.result()
+    with measure_energy(country=country) as meter:
+        if isinstance(work, Encoding):
+            _standardise(work, parts, note)
+        with parts.guard(), sink:
+            finished = [tile for tile in work.tiles() if parts.has(tile)] if len(parts) else []
+            for tile in finished:
+                sink.again(tile)
+            advance(sum(work.cost(tile) for tile in finished))
+            todo = (tile for tile in work.tiles() if not parts.has(tile))
+            with ThreadPoolExecutor(1, "panterra-write") as writer:
+                writing: deque[Future[None]] = deque()
+                for tile, features in work.features(todo, parts, advance):
+                    writing.append(writer.submit(sink.put, tile, features))
+                    if len(writing) > 1:
+                        writing.popleft().result()
+                for last in writing:
+                    last.result()
     return meter.report
+
+
+def _standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
+    """Fit what statistics the encoder lacks to all that it will be shown; a job that goes on finds them in its parts.
+
+    They follow from what `Encoding.job` names already, so they are no part of it: rounding, which depends on threads,
+    must not make two jobs of one.
+    """
+    encoder, saved = work.encoder, parts.folder / "statistics.json"
+    missing = encoder.missing_statistics(work.modalities) if isinstance(encoder, Fitted) else ()
+    if not isinstance(encoder, Fitted) or not missing:
+        return
+    if not saved.is_file():
+        if note:
+            note(f"{work.encoder.name} has no statistics of {', '.join(missing)} yet: fitting them to the scene, once")
+        try:
+            fitted = encoder.fit_statistics(in_blocks(work.scene, work.box, missing))
+        except (InputError, OSError) as error:
+            if not len(parts):
+                parts.remove()
+            raise InputError(f"statistics of {', '.join(missing)} cannot be fitted to the scene: {error}") from error
+        with parts.guard():
+            fresh = saved.with_name(f"{saved.name}.tmp")
+            fresh.write_text(json.dumps(fitted), encoding="utf-8")
+            fresh.replace(saved)
+    work.encoder = encoder.with_statistics(json.loads(saved.read_text(encoding="utf-8")))
+    work.about["model"] = work.origin["panterra:model"] = weights.passport(work.encoder)
+
+
+def in_blocks(scene: Scene, box: GeoBox, modalities: Sequence[str]) -> Iterator[Batch]:
+    """Read all of a scene in a box, one modality after the other, in blocks that fit into memory."""
+    height, width = box.shape
+    for name in modalities:
+        spec, dates = MODALITIES[name], len(scene.dates(name))
+        finer = 10.0 / spec.gsd if spec.kind == "still" else 1.0
+        side = max(1, int(math.sqrt(STATISTICS_BYTES / (4 * dates * len(spec.bands) * max(finer, 1.0) ** 2))))
+        for row in range(0, height, side):
+            for col in range(0, width, side):
+                yield scene.batch(box[row : min(row + side, height), col : min(col + side, width)], [name])
 
 
 def _conclude(
@@ -285,9 +360,15 @@ def _as_scene(scene: Scene | str | Path) -> Scene:
     return scene if isinstance(scene, Scene) else open_scene(scene)
 
 
-def _as_scene_or_store(path: str | Path) -> Scene | EmbeddingStore:
-    is_store = (Path(path) / "zarr.json").is_file() or Path(path).suffix.lower() in (".tif", ".tiff")
-    return open_embeddings(path) if is_store else open_scene(path)
+def _is_store(path: str | Path) -> bool:
+    return (Path(path) / "zarr.json").is_file() or Path(path).suffix.lower() in (".tif", ".tiff")
+
+
+def common_grid(scene: Scene, encoder: Encoder, modalities: Sequence[str] | None = None) -> GeoBox:
+    """Lay the common grid over a scene: 10 m, or the finest of the modalities to be used where all are coarser."""
+    used = [MODALITIES[name] for name in modalities or scene.modalities if name in encoder.modalities]
+    sizes = [spec.gsd for spec in used if spec.kind in ("series", "still")]
+    return scene.geobox(max(10.0, min(sizes, default=10.0)))
 
 
 def _as_encoder(model: Encoder | str | Path) -> Encoder:
@@ -306,6 +387,11 @@ def _check_fit(probe: Probe, work: Encoding | Stored) -> None:
         stored = {"patch_m": work.about["patch_m"], "modalities": sorted(work.about["modalities"])}
         if stored != wanted:
             raise InputError(f"the embeddings were made with {stored}, the probe was fitted with {wanted}; embed again")
+        if probe.source.statistics and work.about["model"].get("statistics", {}) != probe.source.statistics:
+            raise InputError(
+                f"the embeddings were standardised by other statistics than those that the probe was fitted with; map "
+                f"the scene itself, which takes the probe's, instead of {work.store.path}"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

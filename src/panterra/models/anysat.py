@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from panterra.models.anysat_sensors import (
     sensor_of,
     to_pixel_size,
 )
-from panterra.models.anysat_statistics import Statistics
+from panterra.models.anysat_statistics import Statistics, fit_statistics
 from panterra.models.features import Features
 from panterra.models.layers import Block
 from panterra.sample import Batch, Observation
@@ -298,8 +299,9 @@ class AnySat(nn.Module):
         `dense` adds a vector for each sub-patch of the sensor with the smallest ones, or of the modality it names.
         Where a tile is not a whole number of patches, or a sensor has no statistics, InputError says what to do.
         """
-        scale = self._scale(batch, patch_m)
         chosen = self._sensors_of(batch)
+        scale = self._scale(batch, chosen, patch_m)
+        batch = on_own_pixels(batch, chosen)
         self._check_extent(batch, chosen, patch_m)
         inputs = {s.name: self._input(batch.observations[m], m, s) for m, s in chosen.items()}
         fine = None
@@ -328,8 +330,39 @@ class AnySat(nn.Module):
             dense=out.dense,
         )
 
-    def _scale(self, batch: Batch, patch_m: float) -> int:
-        if abs(batch.pixel_m - CELL_M) > 1e-6:
+    def missing_statistics(self, modalities: Iterable[str]) -> tuple[str, ...]:
+        """Name the modalities that it cannot standardise yet."""
+        sensors = {m: sensor_of(m, self.sensors) for m in modalities if not self.normalized_input}
+        return tuple(m for m, sensor in sensors.items() if sensor is not None and sensor.name not in self.statistics)
+
+    def fit_statistics(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Fit the statistics of every sensor that occurs, in one pass; give them as plain JSON."""
+        return {name: as_json(found) for name, found in fit_statistics(batches, self.sensors).items()}
+
+    def with_statistics(self, statistics: Mapping[str, Any]) -> Self:
+        """Give the same encoder, sharing its weights, that standardises by these where it knew others or none."""
+        if unknown := [name for name in statistics if name not in self.sensors]:
+            raise InputError(f"{self.name} has no sensor {unknown[0]!r}, of which statistics came; use their encoder")
+        try:
+            given = {name: statistics_from_json(saved) for name, saved in statistics.items()}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the statistics are damaged ({error}); fit them again") from None
+        if wrong := [name for name, found in given.items() if found.channels != self.sensors[name].channel_names]:
+            raise InputError(f"the statistics of {wrong[0]} are of other channels; fit them again with {self.name}")
+        same = copy(self)
+        same.statistics = {**self.statistics, **given}
+        return same
+
+    def statistics_of(self, modality: str) -> dict[str, tuple[float, float]]:
+        """Give mean and standard deviation of each channel by name, empty where they are not known."""
+        sensor = sensor_of(modality, self.sensors)
+        found = self.statistics.get(sensor.name) if sensor else None
+        return dict(zip(found.channels, zip(found.mean, found.std, strict=True), strict=True)) if found else {}
+
+    def _scale(self, batch: Batch, chosen: Mapping[str, Sensor], patch_m: float) -> int:
+        # A grid of another sensor's pixels will do where nothing else is on it.
+        wrong = [m for m, s in chosen.items() if not s.whole and abs(MODALITIES[m].gsd - batch.pixel_m) > 1e-6]
+        if abs(batch.pixel_m - CELL_M) > 1e-6 and wrong:
             raise InputError(f"the batch has pixels of {batch.pixel_m:g} m; AnySat wants a grid of 10 m, resample it")
         scale = round(patch_m / CELL_M)
         if scale < 1 or abs(scale * CELL_M - patch_m) > 1e-6:
@@ -396,6 +429,55 @@ class AnySat(nn.Module):
 
 
 PREFERRED = ("sentinel2_l2a", "sentinel1", "landsat")
+
+
+def on_own_pixels(batch: Batch, chosen: Mapping[str, Sensor]) -> Batch:
+    """Take modalities coarser than 10 m back from the common grid, on which scenes are read, to pixels of their own.
+
+    Of the grid's pixels inside one of theirs the middle one counts; a sensor that sees the tile as a whole gets the
+    mean of what is valid. Raises InputError where the tile is not a whole number of their pixels.
+    """
+    fine = [m for m, s in chosen.items() if not s.whole and MODALITIES[m].gsd <= CELL_M]
+    size = batch.observations[fine[0]].pixels.shape[-2:] if fine else None
+    taken = dict(batch.observations)
+    for modality, sensor in chosen.items():
+        o, gsd = batch.observations[modality], MODALITIES[modality].gsd
+        if sensor.whole:
+            taken[modality] = tile_mean(o)
+        elif size is not None and gsd > CELL_M:
+            ground = [n * MODALITIES[fine[0]].gsd for n in size]
+            here, step = o.pixels.shape[-2:], round(gsd / batch.pixel_m)
+            if [n * batch.pixel_m for n in here] == ground:
+                if any(n % step for n in here):
+                    raise InputError(
+                        f"a tile of {ground[0]:g} x {ground[1]:g} m is not a whole number of {modality}'s pixels of "
+                        f"{gsd:g} m; choose patches and windows that are, or leave {modality} out"
+                    )
+                rows = cols = slice(step // 2, None, step)
+                taken[modality] = replace(o, pixels=o.pixels[..., rows, cols], valid=o.valid[..., rows, cols])
+    return replace(batch, observations=taken)
+
+
+def tile_mean(o: Observation) -> Observation:
+    """Average what is valid of each date into one pixel."""
+    if o.pixels.shape[-2:] == (1, 1):
+        return o
+    seen = o.valid[:, :, None]
+    total = torch.where(seen, o.pixels, 0.0).sum((-2, -1), keepdim=True)
+    count = seen.sum((-2, -1), keepdim=True)
+    return replace(o, pixels=total / count.clamp(min=1), valid=count[:, :, 0] > 0)
+
+
+def as_json(statistics: Statistics) -> dict[str, Any]:
+    """Turn statistics into plain JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(statistics).items()}
+
+
+def statistics_from_json(saved: Mapping[str, Any]) -> Statistics:
+    """Undo `as_json`."""
+    return Statistics(
+        channels=tuple(saved["channels"]), mean=tuple(saved["mean"]), std=tuple(saved["std"]), count=saved["count"]
+    )
 
 
 def projector(sensor: Sensor, dim: int) -> CellProjector | SeriesProjector:

@@ -102,10 +102,11 @@ class DistanceAttention(nn.Module):
     def first(self, x: Float[Tensor, "b n d"], *, visible: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b 1 d"]:
         """Give the first token's row alone; its score by distance is one number for all keys, so softmax ignores it."""
         dim = x.shape[2]
-        q = F.linear(x[:, :1], self.qkv.weight[:dim], self.qkv.bias[:dim]).unflatten(-1, (self.heads, -1))
-        kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).unflatten(-1, (2, self.heads, -1))
-        out: Tensor = self.proj(attend(q, kv[:, :, 0], kv[:, :, 1], visible=visible).flatten(2))
-        return out
+        q_weight, k_weight, v_weight = self.qkv.weight.split(dim)
+        q_bias, _, v_bias = self.qkv.bias.split(dim)
+        q = F.linear(x[:, 0], q_weight, q_bias).unflatten(-1, (self.heads, -1))
+        out: Tensor = self.proj(attend_once(q, x, k_weight, v_weight, v_bias, visible=visible))
+        return out[:, None]
 
     def _mix(
         self, qkv: Float[Tensor, "b n e"], index: Int[Tensor, "n n"], visible: Bool[Tensor, "b n"] | None
@@ -114,6 +115,29 @@ class DistanceAttention(nn.Module):
         bias = distance_bias(q[:, 0] / math.sqrt(q.shape[-1]), self.distance, index[None])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=hide(bias, visible))
         return out.transpose(1, 2).flatten(2)
+
+
+def attend_once(
+    q: Float[Tensor, "b h e"],
+    x: Float[Tensor, "b n d"],
+    key: Float[Tensor, "d d"],
+    value: Float[Tensor, "d d"],
+    value_bias: Float[Tensor, " d"],
+    *,
+    visible: Bool[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b d"]:
+    """Attend from one query to `x` without keys and values of each token.
+
+    The query goes through the key's matrix once, and the value's matrix meets the weighted mean. A key's bias would add
+    one number to all scores, which softmax ignores.
+    """
+    heads = q.shape[1]
+    q = torch.einsum("bhe,hed->bhd", q / math.sqrt(q.shape[-1]), key.unflatten(0, (heads, -1)))
+    scores = q @ x.mT
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    mean = scores.softmax(dim=-1) @ x
+    return torch.einsum("bhd,hed->bhe", mean, value.unflatten(0, (heads, -1))).flatten(1) + value_bias
 
 
 class PatchBlock(nn.Module):

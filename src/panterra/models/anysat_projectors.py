@@ -111,7 +111,7 @@ class Stage(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
-        return F.dropout(F.relu(normalise_groups(self.linear(x), self.norm)), self.dropout, self.training)
+        return F.dropout(F.relu_(normalise_groups(self.linear(x), self.norm)), self.dropout, self.training)
 
 
 def normalise_groups(x: Float[Tensor, "n c"], norm: nn.GroupNorm) -> Float[Tensor, "n c"]:
@@ -120,7 +120,7 @@ def normalise_groups(x: Float[Tensor, "n c"], norm: nn.GroupNorm) -> Float[Tenso
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     groups = x.unflatten(-1, (norm.num_groups, -1))
     rows = F.layer_norm(groups, groups.shape[-1:], eps=norm.eps).flatten(-2)
-    return torch.addcmul(norm.bias, rows, norm.weight)
+    return torch.addcmul(norm.bias, rows, norm.weight, out=None if torch.is_grad_enabled() else rows)
 
 
 class SeriesProjector(nn.Module):
@@ -193,10 +193,10 @@ class SeriesProjector(nn.Module):
         self, x: Float[Tensor, "n t c"], codes: Float[Tensor, "n t m"], valid: Bool[Tensor, "n t"] | None = None
     ) -> Float[Tensor, "n d"]:
         """Embed sequences of pixels by their valid dates alone."""
-        x = self.normalise_dates(self.lift(x, valid), valid)
-        x = x.unflatten(-1, (HEADS, -1)) + codes[:, :, None]
-        weights = F.dropout(self.attend_dates(x.flatten(2), valid), 0.1, self.training)  # at any `dropout` (AnySat)
-        pooled = torch.einsum("hnt,nthm->nhm", weights, x).flatten(1)
+        lifted = self.normalise_dates(self.lift(x, valid), valid).unflatten(-1, (HEADS, -1))
+        dated = torch.add(lifted, codes[:, :, None], out=None if torch.is_grad_enabled() else lifted)
+        weights = F.dropout(self.attend_dates(dated.flatten(2), valid), 0.1, self.training)  # at any `dropout` (AnySat)
+        pooled = torch.einsum("hnt,nthm->nhm", weights, dated).flatten(1)
         out: Tensor = self.output(pooled)
         return normalise_groups(out, self.out_norm)
 
@@ -218,22 +218,30 @@ class SeriesProjector(nn.Module):
         """Normalise groups of channels over the valid dates of a pixel, where the sensor asks for it."""
         if self.in_norm is None:
             return x
-        norm = self.in_norm
+        norm, groups = self.in_norm, x.unflatten(-1, (HEADS, -1))
+        if valid is None and x.shape[-1] < WIDE:
+            return F.group_norm(x.mT, norm.num_groups, norm.weight, norm.bias, norm.eps).mT.contiguous()
         if valid is None:
-            return F.group_norm(x.mT, norm.num_groups, norm.weight, norm.bias, norm.eps).mT
-        groups, here = x.unflatten(-1, (norm.num_groups, -1)), valid[:, :, None, None]
-        count = valid.sum(1).clamp(min=1)[:, None, None, None] * groups.shape[-1]
-        mean = groups.sum((1, 3), keepdim=True) / count
-        var = torch.where(here, groups - mean, 0.0).square().sum((1, 3), keepdim=True) / count
-        rows = ((groups - mean) * torch.rsqrt(var + norm.eps)).flatten(2)
-        return torch.addcmul(norm.bias, rows, norm.weight)
+            var, mean = torch.var_mean(groups, (1, 3), correction=0, keepdim=True)
+        else:
+            count = valid.sum(1).clamp(min=1)[:, None, None, None] * groups.shape[-1]
+            mean = groups.sum((1, 3), keepdim=True) / count
+            here = valid[:, :, None, None]
+            var = torch.where(here, groups - mean, 0.0).square().sum((1, 3), keepdim=True) / count
+        scale = torch.rsqrt(var + norm.eps) * norm.weight.unflatten(0, (HEADS, -1))
+        return torch.addcmul(norm.bias - (mean * scale).flatten(2), x, scale.flatten(2))
 
     def attend_dates(
         self, x: Float[Tensor, "n t d"], visible: Bool[Tensor, "n t"] | None = None
     ) -> Float[Tensor, "h n t"]:
         """Weigh the visible dates for each head; a pixel without any gets equal weights."""
-        key = self.key(x).unflatten(-1, (HEADS, KEY_DIM)).permute(2, 0, 3, 1)
-        logits = (self.query[:, None, None] @ key)[:, :, 0] / math.sqrt(KEY_DIM)
+        # One query serves all pixels, so it and the keys are one matrix; rounded once, since logits can be large.
+        key_weight = self.key.weight.double().unflatten(0, (HEADS, KEY_DIM))
+        key_bias = self.key.bias.double().unflatten(0, (HEADS, KEY_DIM))
+        query = self.query.double() / math.sqrt(KEY_DIM)
+        weight = torch.einsum("hk,hkd->hd", query, key_weight).to(self.key.weight.dtype)
+        bias = (query * key_bias).sum(1).to(self.key.weight.dtype)
+        logits = F.linear(x, weight, bias).permute(2, 0, 1)
         if visible is not None:
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         weights: Tensor = logits.softmax(dim=-1)

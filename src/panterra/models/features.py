@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -45,13 +45,46 @@ class Tokens:
 class Encoder(Protocol):
     """All that evaluation, fine-tuning, mapping and the studio know of a model."""
 
-    modalities: tuple[str, ...]
-    """What it was trained to look at, in order of preference."""
-    dim: int
-    """D, the width of its embeddings."""
-    name: str
-    """Where it came from: a released name or a folder."""
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it was trained to look at, in order of preference."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """D, the width of its embeddings."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Where it came from: a released name or a folder."""
+        ...
 
     def encode(self, batch: Batch, *, patch_m: float, dense: bool = False) -> Features:
         """Embed a batch in declared units at the given patch size in metres."""
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """An encoder that standardises by statistics of the data it is used on.
+
+    They are fitted once and kept with whatever is trained on top. Between encoder and disk they are plain JSON, which
+    nobody but the encoder looks into.
+    """
+
+    def missing_statistics(self, modalities: Iterable[str]) -> tuple[str, ...]:
+        """Name the modalities that it cannot standardise yet."""
+        ...
+
+    def fit_statistics(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Fit the statistics of what occurs, in one pass over batches in declared units, and change nothing."""
+        ...
+
+    def with_statistics(self, statistics: Mapping[str, Any]) -> Self:
+        """Give the same encoder, sharing its weights, that standardises by these where it knew others or none."""
+        ...
+
+    def statistics_of(self, modality: str) -> Mapping[str, tuple[float, float]]:
+        """Give mean and standard deviation of each channel by name, empty where they are not known."""
         ...

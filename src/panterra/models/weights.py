@@ -9,7 +9,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.models.anysat import SIZES as ANYSAT_SIZES
+from panterra.models.anysat import AnySat, Missing, anysat_config
+from panterra.models.anysat_convert import ANYSAT_LICENCE, anysat_from_json, anysat_json, load_anysat
+from panterra.models.anysat_convert import FORMAT as ANYSAT_FORMAT
 from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
@@ -29,11 +33,19 @@ OLMOEARTH_TERMS = (
     "Weights by Ai2 under the OlmoEarth Artifact License: attribution is required; military, surveillance and "
     "extractive-industry uses are among those not allowed, and derivatives must pass the restrictions on."
 )
+ANYSAT_TERMS = (
+    "Weights of AnySat (Astruc et al., CVPR 2025) under the MIT licence: keep its notice when passing them on. Only "
+    "base was published; tiny and small are the architectures of its training, to be trained or drawn at random."
+)
+OLMOEARTH_FORMAT = "panterra-olmoearth-1"
+
+Model = OlmoEarth | AnySat
+"""What `load_model` gives: an `Encoder` of one of the families."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a person should know before choosing a released model."""
+    """What a person should know before choosing a model."""
 
     name: str
     family: str
@@ -41,9 +53,10 @@ class ModelCard:
     dim: int
     parameters: int
     """Of the encoder."""
-    address: str
-    """Hugging Face id."""
-    licence: str
+    address: str | None
+    """Hugging Face id; None where no weights of this size were published."""
+    licence: str | None
+    """Of the published weights."""
     terms: str
 
 
@@ -53,7 +66,9 @@ _PARAMETERS = {
     "v1.2": {"nano": 1_698_096, "tiny": 12_464_752, "small": 35_615_200, "base": 113_987_776},
 }
 
-MODELS: dict[str, ModelCard] = {
+_ANYSAT_PARAMETERS = {"tiny": 8_262_991, "small": 31_998_871, "base": 125_905_447}
+
+_OLMOEARTH = {
     f"olmoearth-{version}-{size}": ModelCard(
         name=f"olmoearth-{version}-{size}",
         family=f"olmoearth-{version}",
@@ -67,6 +82,22 @@ MODELS: dict[str, ModelCard] = {
     for version, sizes in _PARAMETERS.items()
     for size, parameters in sizes.items()
 }
+_ANYSAT = {
+    f"anysat-{size}": ModelCard(
+        name=f"anysat-{size}",
+        family="anysat",
+        size=size,
+        dim=int(ANYSAT_SIZES[size]["dim"]),
+        parameters=parameters,
+        address="g-astruc/AnySat" if size == "base" else None,
+        licence=ANYSAT_LICENCE if size == "base" else None,
+        terms=ANYSAT_TERMS,
+    )
+    for size, parameters in _ANYSAT_PARAMETERS.items()
+}
+
+MODELS: dict[str, ModelCard] = {**_OLMOEARTH, **_ANYSAT}
+_PUBLISHED = {card.address.lower(): card for card in MODELS.values() if card.address}
 
 
 def load_model(
@@ -76,15 +107,17 @@ def load_model(
     dtype: torch.dtype | None = None,
     normalized_input: bool = False,
     attention: Attend = "masked",
+    missing: Missing = "masked",
     random: int | None = None,
-) -> OlmoEarth:
+) -> Model:
     """Load an encoder, ready for inference.
 
-    `name_or_path` is a released name (`panterra models` lists them), a Hugging Face id, a folder with the published
-    files (`config.json` and `weights.pth`) or one that `save_model` wrote. `random` gives a released architecture
-    random weights from that seed and downloads nothing. `dtype=torch.bfloat16` halves memory and time where the
-    processor has it. `normalized_input` skips the normalisation, for inputs that already had it. `attention` picks a
-    published behaviour for parity (see `panterra.models.olmoearth.Attend`). Raises InputError.
+    `name_or_path` is a name (`panterra models` lists them), a Hugging Face id, a folder with the published files
+    (`config.json` and `weights.pth`, or `AnySat.pth`), a checkpoint of AnySat's published training, or a folder that
+    `save_model` wrote. `random` gives a named architecture random weights from that seed and downloads nothing.
+    `dtype=torch.bfloat16` halves memory and time where the processor has it. `normalized_input` skips the
+    normalisation, for inputs that already had it. `attention` (OlmoEarth, see `panterra.models.olmoearth.Attend`) and
+    `missing` (AnySat, see `panterra.models.anysat.Missing`) pick a published behaviour for parity. Raises InputError.
     """
     name = str(name_or_path)
     if drawn := _DRAWN.fullmatch(name):
@@ -93,9 +126,18 @@ def load_model(
         model = _random(name, random)
     elif Path(name).is_dir():
         model = _from_folder(Path(name))
+    elif Path(name).is_file():
+        model = load_anysat(name)
     else:
         model = _from_hub(name)
-    model.attention, model.normalized_input = attention, normalized_input
+    if isinstance(model, OlmoEarth):
+        model.attention = attention
+    else:
+        model.missing = missing
+    other, value = ("missing", missing) if isinstance(model, OlmoEarth) else ("attention", attention)
+    if value != "masked":
+        raise InputError(f"{other}={value!r} is no behaviour of {model.name}'s family; leave it out")
+    model.normalized_input = normalized_input
     model.to(device=device, dtype=dtype)
     return model.eval().requires_grad_(False)
 
@@ -104,16 +146,11 @@ _DRAWN = re.compile(r"(\S+) \(random weights, seed (\d+)\)")
 """The name of a model with random weights, which `load_model` also takes."""
 
 
-def save_model(model: OlmoEarth, folder: Path | str) -> Path:
+def save_model(model: Model, folder: Path | str) -> Path:
     """Write a model as `config.json` and `model.safetensors`, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": "panterra-olmoearth-1",
-        "name": model.name,
-        "licence": model.licence,
-        "config": _plain(asdict(model.config)),
-    }
+    config = anysat_json(model) if isinstance(model, AnySat) else _olmoearth_json(model)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     _write(folder / "model.safetensors", lambda path: save_file(tensors, path))
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
@@ -129,10 +166,13 @@ def passport(model: Encoder) -> dict[str, Any]:
         if first is not None:
             about |= {"dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type}
     if isinstance(model, OlmoEarth):
+        about |= {"family": "olmoearth", "attention": model.attention}
+    elif isinstance(model, AnySat):
+        statistics = anysat_json(model)["statistics"]
+        about |= {"family": "anysat", "missing": model.missing, "layout": model.config.layout, "statistics": statistics}
+    if isinstance(model, Model):
         card = MODELS.get(model.name)
         about |= {
-            "family": "olmoearth",
-            "attention": model.attention,
             "normalized_input": model.normalized_input,
             "licence": model.licence,
             "source": f"https://huggingface.co/{card.address}" if card else None,
@@ -149,27 +189,34 @@ def weights_checksum(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _random(name: str, seed: int) -> OlmoEarth:
+def _random(name: str, seed: int) -> Model:
     card = MODELS.get(name)
     if card is None:
-        raise InputError(f"random weights need a released name, not {name!r}; known: {', '.join(MODELS)}")
+        raise InputError(f"random weights need the name of an architecture, not {name!r}; known: {', '.join(MODELS)}")
+    drawn = f"{name} (random weights, seed {seed})"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        version = card.family.removeprefix("olmoearth-")
-        return OlmoEarth(released_config(version, card.size), name=f"{name} (random weights, seed {seed})")
+        if name in _ANYSAT:
+            return AnySat(anysat_config(card.size), name=drawn)
+        return OlmoEarth(released_config(card.family.removeprefix("olmoearth-"), card.size), name=drawn)
 
 
-def _from_hub(name: str) -> OlmoEarth:
-    by_address = {card.address.lower(): card for card in MODELS.values()}
-    card = MODELS.get(name.lower()) or by_address.get(name.lower())
+def _from_hub(name: str) -> Model:
+    card = MODELS.get(name.lower()) or _PUBLISHED.get(name.lower())
     if card is None:
         known = ", ".join(MODELS)
-        raise InputError(f"no model or folder {name!r}; give a folder with config.json, or one of {known}")
+        raise InputError(f"no model or folder {name!r}; give a folder with a model's files, or one of {known}")
+    if card.address is None:
+        raise InputError(
+            f"no weights of {card.name} were published; give the folder of a model that was trained, or draw random "
+            "weights for trials (random=0, on the command line --random 0)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = ["models/AnySat.pth"] if card.name in _ANYSAT else ["config.json", "weights.pth"]
     try:
-        folder = snapshot_download(card.address, allow_patterns=["config.json", "weights.pth"])
+        folder = snapshot_download(card.address, allow_patterns=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
         raise InputError(
@@ -179,17 +226,22 @@ def _from_hub(name: str) -> OlmoEarth:
     return _from_folder(Path(folder), name=card.name)
 
 
-def _from_folder(folder: Path, *, name: str | None = None) -> OlmoEarth:
+def _from_folder(folder: Path, *, name: str | None = None) -> Model:
+    name = name or str(folder.resolve())
     config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise InputError(f"{folder} has no config.json; wanted a folder with config.json and weights")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{config_path} is not JSON ({error}); fetch it again") from None
+    config: dict[str, Any] = {}
+    if config_path.is_file():
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{config_path} is not JSON ({error}); fetch it again") from None
     if str(config.get("format", "")).startswith("panterra-"):
         return _from_ours(folder, config)
-    model = _build(olmoearth_config(config), name or str(folder.resolve()))
+    if any((folder / path).is_file() for path in ("AnySat.pth", "models/AnySat.pth")):
+        return load_anysat(folder, name=name)
+    if not config_path.is_file():
+        raise InputError(f"{folder} has no config.json and no AnySat.pth; wanted a folder with a model's files")
+    model = _build(olmoearth_config(config), name)
     model.licence = OLMOEARTH_LICENCE  # the published layout has no other source
     state = olmoearth_encoder_state(_unpickle(folder / "weights.pth"))
     check_fit(model.state_dict(), state, source=str(folder / "weights.pth"))
@@ -197,22 +249,40 @@ def _from_folder(folder: Path, *, name: str | None = None) -> OlmoEarth:
     return model
 
 
-def _from_ours(folder: Path, config: Mapping[str, Any]) -> OlmoEarth:
-    if config["format"] != "panterra-olmoearth-1":
+def _from_ours(folder: Path, config: Mapping[str, Any]) -> Model:
+    builders: dict[str, Callable[..., Model]] = {
+        OLMOEARTH_FORMAT: _olmoearth_from_json,
+        ANYSAT_FORMAT: anysat_from_json,
+    }
+    if config["format"] not in builders:
         raise InputError(f"{folder} holds {config['format']!r}, which this version cannot read; update panterra")
-    try:
-        parsed = OlmoEarthConfig(**_tuples(config["config"]))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} is incomplete ({error}); save the model again") from None
+    model = builders[config["format"]](config, name=str(folder.resolve()))
     path = folder / "model.safetensors"
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({str(error)[:200]}); copy or save it again") from None
-    model = _build(parsed, str(folder.resolve()))
-    model.licence = config.get("licence")
     check_fit(model.state_dict(), state, source=str(path))
     model.load_state_dict(state)
+    return model
+
+
+def _olmoearth_json(model: OlmoEarth) -> dict[str, Any]:
+    return {
+        "format": OLMOEARTH_FORMAT,
+        "name": model.name,
+        "licence": model.licence,
+        "config": _plain(asdict(model.config)),
+    }
+
+
+def _olmoearth_from_json(saved: Mapping[str, Any], *, name: str) -> OlmoEarth:
+    try:
+        config = OlmoEarthConfig(**_tuples(saved["config"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the configuration in {name} is incomplete ({error}); save the model again") from None
+    model = _build(config, name)
+    model.licence = saved.get("licence")
     return model
 
 
