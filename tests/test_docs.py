@@ -118,7 +118,9 @@ def test_the_command_line_page_names_every_command_and_option():
     documented = dict(zip(sections[1::2], sections[2::2], strict=True))
     assert list(documented) == [name for name in app if not name.startswith("-")]
     for name, text in documented.items():
-        options = {o for argument in app[name].assemble_argument_collection() for o in argument.names}
+        group = app[name]
+        commands = [group] if group.default_command else [group[part] for part in group if not part.startswith("-")]
+        options = {o for c in commands for argument in c.assemble_argument_collection() for o in argument.names}
         named = {o for o in options if o.startswith("--") and not o.startswith(("--no-", "--empty-"))}
         assert set(re.findall(r"`(--[\w-]+)`", text.rsplit("```", 1)[-1])) == named - {"--json"}, name
 
