@@ -14,7 +14,7 @@ import rasterio
 from panterra.cli import app, main
 from panterra.planet import write_planet_scene
 
-COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "pretrain", "data")
+COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "sample", "accuracy", "pretrain", "data")
 RANDOM = ("--model", "olmoearth-v1.2-nano", "--random", "0")
 
 

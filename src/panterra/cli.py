@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from panterra import __version__
 from panterra.errors import InputError
 
 if TYPE_CHECKING:
+    from panterra.evaluate.area import Estimate
     from panterra.evaluate.metrics import Interval
 
 DEMO_MODEL = "olmoearth-v1.2-nano"
@@ -337,6 +339,123 @@ def map(
 
 @app.command(
     sort_key=8,
+    help_epilogue="Example: panterra sample map.tif --out points.geojson --users-accuracy water=0.95",
+)
+def sample(
+    map: Annotated[Path, Parameter(help="A map of classes, or any other raster of strata.")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="GeoJSON of points to look at, with an empty column `reference`.")],
+    size: Annotated[int | None, Parameter(help="How many points; otherwise as many as the error needs.")] = None,
+    standard_error: Annotated[
+        float | None, Parameter(help="Of overall accuracy, to be reached; 0.02 if left out.")
+    ] = None,
+    users_accuracy: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, help="What you expect of classes: water=0.95 maize=0.7; 0.8 otherwise."),
+    ] = None,
+    allocation: Annotated[
+        Literal["proportional", "equal", "neyman"], Parameter(help="How points are dealt to the classes.")
+    ] = "proportional",
+    minimum: Annotated[int, Parameter(help="Points in each class at least.")] = 50,
+    seed: int = 42,
+    as_json: Json = False,
+) -> None:
+    """Draw a stratified random sample of a map: points to look at, to learn how good it is."""
+    from panterra.commands.accuracy import draw_points
+    from panterra.commands.terminal import show_json, show_table
+
+    design = draw_points(
+        map,
+        out,
+        size=size,
+        standard_error=standard_error,
+        users_accuracy=users_accuracy or [],
+        allocation=allocation,
+        minimum=minimum,
+        seed=seed,
+    )
+    strata = list(zip(design.strata, design.shares, design.points, design.users_accuracy, strict=True))
+    if as_json:
+        show_json(
+            {
+                "points": str(out),
+                "standard_error": design.standard_error,
+                "strata": [{**asdict(s), "share": w, "points": n, "users_accuracy": u} for s, w, n, u in strata],
+            }
+        )
+        return
+    show_table(
+        ["class", "hectares", "share", "expected user's accuracy", "points"],
+        [(s.name, f"{s.hectares:,.1f}", f"{w:.1%}", f"{u:g}", n) for s, w, n, u in strata],
+    )
+    print(
+        f"\n{out}: {sum(design.points)} points; fill in `reference`, then: panterra accuracy {map} --reference {out}\n"
+        f"Overall accuracy will have a standard error of about {design.standard_error:.3f}, if the expectations hold."
+    )
+
+
+@app.command(sort_key=9, help_epilogue="Example: panterra accuracy map.tif --reference points.geojson")
+def accuracy(
+    map: Annotated[Path, Parameter(help="A map of classes.")],
+    /,
+    *,
+    reference: Annotated[Path, Parameter(help="Points with the true class, drawn by panterra sample or at random.")],
+    column: Annotated[
+        str, Parameter(help="Column with the true class, as the map names it or its code.")
+    ] = "reference",
+    confidence: Annotated[float, Parameter(help="Of the intervals.")] = 0.95,
+    interval: Annotated[
+        Literal["wilson", "normal"], Parameter(help="Normal is the papers' own, too short for rare classes.")
+    ] = "wilson",
+    simple: Annotated[
+        bool, Parameter(show_default=False, help="Do not stratify points drawn at random by the map's classes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Estimate a map's accuracy and the area of its classes from reference points, with confidence intervals."""
+    from panterra.commands.accuracy import assess
+    from panterra.commands.terminal import note, show_json, show_table
+
+    found = assess(map, reference, column=column, confidence=confidence, interval=interval, simple=simple)
+    if found.unlabelled:
+        note(f"{found.unlabelled} points of {reference} have no {column} and are left out, as if at random")
+    if as_json:
+        show_json(found.as_dict())
+        return
+    report, percent = found.report, f"{confidence:.0%} interval"
+    show_table(["", "estimate", percent], [("overall accuracy", *_share(report.overall))])
+    print()
+    show_table(
+        [
+            "class",
+            "points",
+            "user's accuracy",
+            percent,
+            "producer's accuracy",
+            percent,
+            "mapped ha",
+            "area ha",
+            percent,
+        ],
+        [
+            (
+                found.names[c.code],
+                c.mapped_points,
+                *_share(c.users),
+                *_share(c.producers),
+                f"{found.mapped.get(c.code, 0):,.1f}",
+                *_hectares(found.hectares_of(c.code)),
+            )
+            for c in report.classes
+        ],
+    )
+    design = "stratified" if found.stratified else "simple random"
+    print(f"\n{report.num_points} points of a {design} sample of {found.hectares:,.1f} ha")
+
+
+@app.command(
+    sort_key=10,
     help_epilogue="Example: panterra pretrain olmoearth-v1.2-nano --data corpus --out run --set batch=64",
 )
 def pretrain(
@@ -442,7 +561,7 @@ data = App(
     name="data",
     help="Make a pretraining corpus from scenes, look at one, check one or a data set.",
     help_epilogue="Example: panterra data inspect corpus",
-    sort_key=9,
+    sort_key=11,
 )
 app.command(data)
 
@@ -588,6 +707,16 @@ def verify(
     wrong = sum(f.level == "error" for f in findings)
     if wrong:
         raise InputError(f"{wrong} of {len(findings)} findings are errors")
+
+
+def _share(figure: Estimate) -> tuple[str, str]:
+    if math.isnan(figure.value):
+        return "-", "-"
+    return f"{figure.value:.3f}", f"{figure.low:.3f} to {figure.high:.3f}"
+
+
+def _hectares(area: Estimate) -> tuple[str, str]:
+    return f"{area.value:,.1f}", f"{area.low:,.1f} to {area.high:,.1f}"
 
 
 def _figures(interval: Interval) -> tuple[str, str]:

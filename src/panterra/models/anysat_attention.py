@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from panterra.models.layers import MLP, ROWS, Attention, Block, attend
+from panterra.models.layers import MLP, ROWS, Attention, Block
 
 Layout = Literal["tokens", "heads"]
 """tokens: softmax over the tokens of a sample, the usual attention. heads: over the heads of each token alone, which is

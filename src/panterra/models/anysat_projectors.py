@@ -120,6 +120,11 @@ def normalise_groups(x: Float[Tensor, "n c"], norm: nn.GroupNorm) -> Float[Tenso
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     groups = x.unflatten(-1, (norm.num_groups, -1))
     rows = F.layer_norm(groups, groups.shape[-1:], eps=norm.eps).flatten(-2)
+    return scale_and_shift(rows, norm)
+
+
+def scale_and_shift(rows: Float[Tensor, "*n c"], norm: nn.GroupNorm) -> Float[Tensor, "*n c"]:
+    """Apply the weights of a normalisation, without gradients in place."""
     return torch.addcmul(norm.bias, rows, norm.weight, out=None if torch.is_grad_enabled() else rows)
 
 
@@ -218,18 +223,17 @@ class SeriesProjector(nn.Module):
         """Normalise groups of channels over the valid dates of a pixel, where the sensor asks for it."""
         if self.in_norm is None:
             return x
-        norm, groups = self.in_norm, x.unflatten(-1, (HEADS, -1))
+        norm = self.in_norm
         if valid is None and x.shape[-1] < WIDE:
             return F.group_norm(x.mT, norm.num_groups, norm.weight, norm.bias, norm.eps).mT.contiguous()
+        groups = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
         if valid is None:
-            var, mean = torch.var_mean(groups, (1, 3), correction=0, keepdim=True)
+            rows = F.layer_norm(groups, groups.shape[2:], eps=norm.eps)
         else:
-            count = valid.sum(1).clamp(min=1)[:, None, None, None] * groups.shape[-1]
-            mean = groups.sum((1, 3), keepdim=True) / count
-            here = valid[:, :, None, None]
-            var = torch.where(here, groups - mean, 0.0).square().sum((1, 3), keepdim=True) / count
-        scale = torch.rsqrt(var + norm.eps) * norm.weight.unflatten(0, (HEADS, -1))
-        return torch.addcmul(norm.bias - (mean * scale).flatten(2), x, scale.flatten(2))
+            here, count = valid[:, None, :, None], valid.sum(1).clamp(min=1)[:, None, None, None] * groups.shape[-1]
+            centred = torch.where(here, groups - groups.sum((2, 3), keepdim=True) / count, 0.0)
+            rows = centred * torch.rsqrt(centred.square().sum((2, 3), keepdim=True) / count + norm.eps)
+        return scale_and_shift(rows.transpose(1, 2).flatten(2), norm)
 
     def attend_dates(
         self, x: Float[Tensor, "n t d"], visible: Bool[Tensor, "n t"] | None = None
