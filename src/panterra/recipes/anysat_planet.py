@@ -1,0 +1,358 @@
+"""AnySat on the invented planet: four sensors over the same ground, whose land cover is known."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from affine import Affine
+from jaxtyping import Bool, Float, Int, UInt8
+from odc.geo.geobox import GeoBox
+from torch import nn
+
+from panterra.errors import InputError
+from panterra.evaluate.probes import NEIGHBOURS, knn_scores
+from panterra.modalities import MODALITIES
+from panterra.models.anysat import AnySatConfig
+from panterra.models.anysat_sensors import SENSORS, sensor_of
+from panterra.models.anysat_statistics import Statistics, fit_statistics
+from panterra.models.features import Encoder
+from panterra.objectives.jepa import JEPA
+from panterra.objectives.jepa_batches import MixedBatches, Source
+from panterra.objectives.jepa_masks import BlockMasking
+from panterra.planet import CLASSES, CRS, Planet
+from panterra.recipes.anysat import AnySatRecipe, run_from
+from panterra.sample import Batch, Observation, collate, to_days
+from panterra.train.loop import Check, Run
+
+DATES = {"aerial": 1, "sentinel2_l2a": 4, "sentinel1": 4, "landsat": 3}
+"""How often each modality looks at a region in a year."""
+SERIES = tuple(m for m in DATES if MODALITIES[m].kind == "series")
+CELL_M = 10
+CLOSE = range(128)
+"""Planets of which 120 m are seen by all sensors; checks use planets from 9000."""
+FAR = range(1000, 1200)
+"""Planets of which 480 m are seen from space alone."""
+CLOSE_M, FAR_M = 120, 480
+_STORED = {"aerial": np.uint8, "sentinel2_l2a": np.uint16, "landsat": np.uint16, "sentinel1": np.float32}
+_SEARCH_PX, _SEARCH_M, _SEARCHES = 128, 20, 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Regions:
+    """Squares of ground, each on a planet of its own: what sensors saw in a year and what is there."""
+
+    planets: Int[np.ndarray, " n"]
+    """Their seeds."""
+    pixels: Mapping[str, np.ndarray]
+    """By modality [N, T, C, H, W], in declared units."""
+    dates: Mapping[str, Int[np.ndarray, "n _t"]]
+    """Days since 1970-01-01."""
+    valid: Mapping[str, Bool[np.ndarray, "n _t _h _w"]]
+    land_cover: UInt8[np.ndarray, "n y x"]
+    """Codes of the planet's classes, at 10 m."""
+
+    def __len__(self) -> int:
+        return len(self.planets)
+
+    @property
+    def metres(self) -> int:
+        """Give a region's side."""
+        return CELL_M * int(self.land_cover.shape[1])
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file, whole or not at all."""
+        held = {"planets": self.planets, "land_cover": self.land_cover}
+        for m, pixels in self.pixels.items():
+            held |= {m: pixels, f"{m}.dates": self.dates[m], f"{m}.valid": self.valid[m]}
+        part = path.with_name(f"{path.name}.part")
+        with part.open("wb") as file:
+            np.savez(file, **held)  # type: ignore[arg-type]
+        part.replace(path)
+
+    @classmethod
+    def read(cls, paths: Iterable[Path]) -> Self:
+        """Read files that `save` wrote, joined along N."""
+        files = [dict(np.load(path)) for path in paths]
+        held = {name: np.concatenate([file[name] for file in files]) for name in files[0]}
+        seen = [name for name in held if name in MODALITIES]
+        return cls(
+            planets=held["planets"],
+            pixels={m: held[m] for m in seen},
+            dates={m: held[f"{m}.dates"] for m in seen},
+            valid={m: held[f"{m}.valid"] for m in seen},
+            land_cover=held["land_cover"],
+        )
+
+
+def draw_regions(planets: Sequence[int], *, metres: int, modalities: Sequence[str] = tuple(DATES)) -> Regions:
+    """Look at one region of each planet; a region depends on its planet, its size and the modalities alone.
+
+    Planets take turns in the class that a region has to hold, where one is found, so that rare ones occur.
+    """
+    pixels: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    dates: dict[str, list[list[int]]] = {m: [] for m in modalities}
+    valid: dict[str, list[np.ndarray]] = {m: [] for m in modalities}
+    land_cover = []
+    for seed in planets:
+        rng, planet = np.random.default_rng([seed, metres]), Planet(seed=seed, clouds=0.1)
+        left, top = find_place(planet, CLASSES[seed % len(CLASSES)].code, metres, rng)
+        grounds = {}
+        first = dt.date(2016, 1, 1) + dt.timedelta(days=int(rng.integers(7 * 365)))
+        for m in modalities:
+            gsd = MODALITIES[m].gsd
+            if gsd not in grounds:
+                side = round(metres / gsd)
+                grounds[gsd] = planet.ground(GeoBox((side, side), Affine(gsd, 0, left, 0, -gsd, top), CRS))
+            days = np.sort(rng.choice(365, DATES[m], replace=False))
+            when = [first + dt.timedelta(days=int(day)) for day in days]
+            looks = [planet.observe(m, grounds[gsd], day) for day in when]
+            x = np.stack([look for look, _ in looks])
+            whole = np.issubdtype(_STORED[m], np.integer)
+            pixels[m].append((np.rint(x) if whole else x).astype(_STORED[m]))
+            valid[m].append(np.stack([seen for _, seen in looks]))
+            dates[m].append([to_days(day) for day in when])
+        side = metres // CELL_M
+        box = GeoBox((side, side), Affine(CELL_M, 0, left, 0, -CELL_M, top), CRS)
+        land_cover.append(planet.truth(grounds.get(float(CELL_M)) or box))
+    return Regions(
+        planets=np.array(planets),
+        pixels={m: np.stack(x) for m, x in pixels.items()},
+        dates={m: np.array(days) for m, days in dates.items()},
+        valid={m: np.stack(seen) for m, seen in valid.items()},
+        land_cover=np.stack(land_cover),
+    )
+
+
+def find_place(planet: Planet, code: int, metres: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw the upper left corner of a square that holds a class; of any square where ten looks did not find it."""
+    for _ in range(_SEARCHES):
+        left, top = 500000 + 20 * int(rng.integers(-10000, 10000)), 5300000 + 20 * int(rng.integers(-10000, 10000))
+        across = Affine(_SEARCH_M, 0, left, 0, -_SEARCH_M, top)
+        rows, cols = np.nonzero(planet.truth(GeoBox((_SEARCH_PX, _SEARCH_PX), across, CRS)) == code)
+        if len(rows):
+            chosen = rng.integers(len(rows))
+            away = CELL_M * rng.integers(metres // CELL_M, size=2)
+            left += _SEARCH_M * int(cols[chosen]) - int(away[0])
+            top += int(away[1]) - _SEARCH_M * int(rows[chosen])
+            break
+    return left, top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tiles:
+    """Regions cut into tiles, each a batch of one; sources of a run read them by number.
+
+    What is left of a region on the right and at the bottom is not used.
+    """
+
+    regions: Regions
+    metres: int
+    """Side of a tile."""
+    modalities: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.regions.metres < self.metres:
+            raise InputError(f"regions of {self.regions.metres} m have no tiles of {self.metres} m; draw larger ones")
+
+    def __len__(self) -> int:
+        return len(self.regions) * self.side**2
+
+    @property
+    def side(self) -> int:
+        """Count the tiles along a region's side."""
+        return self.regions.metres // self.metres
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        region, row, col = self._place(index)
+        observations = {}
+        for m in self.modalities:
+            px = round(self.metres / MODALITIES[m].gsd)
+            part = (..., slice(row * px, (row + 1) * px), slice(col * px, (col + 1) * px))
+            observations[m] = Observation(
+                pixels=torch.from_numpy(self.regions.pixels[m][region][part].astype(np.float32))[None],
+                dates=torch.from_numpy(self.regions.dates[m][region])[None],
+                valid=torch.from_numpy(self.regions.valid[m][region][part])[None],
+            )
+        return Batch(observations=observations)
+
+    def planet(self, index: int) -> int:
+        """Name the planet that a tile is on."""
+        return int(self.regions.planets[self._place(index)[0]])
+
+    def land_cover(self, index: int) -> UInt8[np.ndarray, "y x"]:
+        """Give the class codes of a tile, at 10 m."""
+        region, row, col = self._place(index)
+        px = self.metres // CELL_M
+        return self.regions.land_cover[region, row * px : (row + 1) * px, col * px : (col + 1) * px]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Give all tiles in order, several at a time."""
+        for start in range(0, len(self), size):
+            yield collate([self[i] for i in range(start, min(start + size, len(self)))])
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        region, inside = divmod(index, self.side**2)
+        return region, *divmod(inside, self.side)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LabelledPatches:
+    """What an encoder says of patches that hold one class alone."""
+
+    features: Float[np.ndarray, "n d"]
+    codes: Int[np.ndarray, " n"]
+    planets: Int[np.ndarray, " n"]
+    """Seeds; patches of a planet belong on the same side of a split."""
+
+
+def pure_patches(
+    land_cover: UInt8[np.ndarray, "y x"], patch_m: int, rng: np.random.Generator, *, most: int = 2
+) -> list[tuple[int, int, int]]:
+    """Draw up to `most` patches of each class, of those that hold nothing else: their rows, columns and codes."""
+    cells = patch_m // CELL_M
+    blocks = land_cover.reshape(len(land_cover) // cells, cells, -1, cells).swapaxes(1, 2).reshape(-1, cells**2)
+    pure = np.flatnonzero((blocks == blocks[:, :1]).all(1))
+    columns = land_cover.shape[1] // cells
+    drawn: list[tuple[int, int, int]] = []
+    for code in np.unique(blocks[pure, 0]):
+        mine = rng.permutation(pure[blocks[pure, 0] == code])[:most]
+        drawn += [(*divmod(int(i), columns), int(code)) for i in mine]
+    return drawn
+
+
+def embed_patches(encoder: Encoder, tiles: Tiles, *, patch_m: int, size: int = 8) -> LabelledPatches:
+    """Embed the pure patches of tiles, a tile's class twice at most; those without data are left out."""
+    grids = []
+    # Not in inference mode: what an encoder caches there cannot be trained with afterwards.
+    with torch.no_grad():
+        for batch in tiles.batches(size):
+            features = encoder.encode(batch, patch_m=patch_m)
+            grids.append(features.patches.masked_fill(~features.valid[..., None], torch.nan).numpy())
+    return choose_patches(np.concatenate(grids), tiles, patch_m=patch_m)
+
+
+def choose_patches(grids: Float[np.ndarray, "n h w d"], tiles: Tiles, *, patch_m: int) -> LabelledPatches:
+    """Take from features of all patches of tiles those of pure patches, without those that hold NaN."""
+    rows, codes, planets = [], [], []
+    for i in range(len(tiles)):
+        for row, col, code in pure_patches(tiles.land_cover(i), patch_m, np.random.default_rng([7, i])):
+            if np.isfinite(grids[i, row, col]).all():
+                rows.append(grids[i, row, col])
+                codes.append(code)
+                planets.append(tiles.planet(i))
+    if not rows:
+        raise InputError(f"no patch of {patch_m} m holds one class alone and data; give more tiles or smaller patches")
+    return LabelledPatches(features=np.stack(rows), codes=np.array(codes), planets=np.array(planets))
+
+
+def land_cover_check(tiles: Mapping[str, Tiles], *, every: int, patch_m: int = 20) -> Check:
+    """Watch how often the nearest patches on every other planet know the class of a patch, for each set of tiles."""
+
+    def run(objective: nn.Module, step: int) -> dict[str, float]:
+        found = {}
+        for name, given in tiles.items():
+            patches = embed_patches(cast(JEPA, objective).teacher, given, patch_m=patch_m)
+            rows, codes = torch.from_numpy(patches.features), torch.from_numpy(patches.codes)
+            learned = torch.from_numpy(patches.planets % 2 == 0)
+            answers = F.one_hot(codes[learned]).float()
+            neighbours = min(NEIGHBOURS, len(answers))
+            votes = knn_scores(rows[learned], answers, rows[~learned], neighbours=neighbours)
+            found[name] = float((votes.argmax(1) == codes[~learned]).float().mean())
+        return found
+
+    return Check(name="knn", every=every, run=run)
+
+
+SENSORS_HERE = tuple(sensor.name for m in DATES if (sensor := sensor_of(m, SENSORS)))
+_FROM_SPACE = tuple(name for name in SENSORS_HERE if SENSORS[name].dated)
+SOURCES = (
+    Source(name="close-20m", sensors=SENSORS_HERE, batch=12, cells=2, scales=(1,), weight=3),
+    Source(name="close-40m", sensors=SENSORS_HERE, batch=6, cells=4, scales=(1, 2), weight=1),
+    Source(name="far-20m", sensors=_FROM_SPACE, batch=32, cells=2, scales=(1,), weight=3),
+    Source(name="far-40m", sensors=_FROM_SPACE, batch=12, cells=4, scales=(1, 2), weight=2),
+    Source(name="far-120m", sensors=_FROM_SPACE, batch=4, cells=12, scales=(2, 4), weight=1),
+)
+"""Tiles with and without aerial images. Small ones cost little and let a batch hold many places."""
+
+MASKING = BlockMasking(target_area=(0.15, 0.5), target_blocks=2)
+"""Smaller and fewer blocks than published: those leave one patch of context on tiles as small as these."""
+
+
+def planet_tiny() -> AnySatRecipe:
+    """AnySat of tiny's width on the planet: whether pretraining finds land cover that random weights do not."""
+    return AnySatRecipe(
+        name="anysat-planet-tiny",
+        encoder=AnySatConfig(
+            dim=192,
+            depth=2,
+            heads=3,
+            # A run as short as this one learns slowly through dropout.
+            sensors=tuple(replace(SENSORS[name], dropout=0.0) for name in SENSORS_HERE),
+        ),
+        predictor_depth=2,
+        sources=SOURCES,
+        steps=2200,
+        epoch_samples=20 * 300,
+        published=False,
+        momentum_end=0.999,
+        lr=5e-4,
+        betas=(0.9, 0.95),
+        warmup_steps=100,
+        final_share=0.02,
+        clip_norm=1.0,
+        precision="float32",
+    )
+
+
+def planet_samples(close: Regions, far: Regions) -> dict[str, Tiles]:
+    """Cut regions into the tiles of the recipe's sources."""
+    return {
+        source.name: Tiles(regions=close, metres=CELL_M * source.cells, modalities=tuple(DATES))
+        if source.sensors == SENSORS_HERE
+        else Tiles(regions=far, metres=CELL_M * source.cells, modalities=SERIES)
+        for source in SOURCES
+    }
+
+
+def planet_statistics(close: Regions, far: Regions) -> dict[str, Statistics]:
+    """Fit the statistics of all sensors, once, to everything that is trained on."""
+    return fit_statistics(
+        batch
+        for regions in (close, far)
+        for batch in Tiles(regions=regions, metres=regions.metres, modalities=tuple(regions.pixels)).batches(8)
+    )
+
+
+def planet_run(
+    recipe: AnySatRecipe,
+    close: Regions,
+    far: Regions,
+    *,
+    statistics: Mapping[str, Statistics] | None = None,
+    checks: Sequence[Check] = (),
+) -> Run:
+    """Make the run of a recipe whose sources are all or some of `SOURCES`; statistics are fitted unless given."""
+    statistics = statistics or planet_statistics(close, far)
+    samples = planet_samples(close, far)
+    run = run_from(recipe, samples, statistics=dict.fromkeys(samples, statistics), checks=checks)
+
+    def batches(rank: int, world: int) -> MixedBatches:
+        mixed = cast(MixedBatches, run.batches(rank, world))
+        mixed.masking = MASKING
+        return mixed
+
+    def objective() -> nn.Module:
+        jepa = cast(JEPA, run.objective())
+        jepa.teacher.statistics = dict(statistics)  # the checks encode what is in declared units
+        return jepa
+
+    return replace(run, objective=objective, batches=batches, settings={**run.settings, "masking": asdict(MASKING)})
