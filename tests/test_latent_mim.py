@@ -1,14 +1,26 @@
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.olmoearth import OlmoEarthConfig
+from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig, cut_patches, embed_chosen, released_config
 from panterra.models.predictor import DECODE, predictor_config
-from panterra.objectives.latent_mim import V1_LOSS, LatentMIM, LatentMIMConfig, View, Views, drop_bands
-from panterra.objectives.masking import TIME_MASKING, make_masks
+from panterra.objectives.latent_mim import (
+    MASKED_NEGATIVES_LOSS,
+    V1_LOSS,
+    LatentMIM,
+    LatentMIMConfig,
+    View,
+    Views,
+    draw_bands,
+)
+from panterra.objectives.masking import TIME_MASKING, V1_MASKING, make_masks
 from panterra.objectives.teacher import follow
 
+sys.path.insert(0, "benchmarks")
 SIZES = {"sentinel2_l2a": 2, "sentinel1": 2, "landsat": 2, "worldcover": 1, "srtm": 1}
 
 
@@ -142,30 +154,98 @@ def test_dropped_bands_are_drawn_in_training_alone():
     assert loss(1) == loss(2)
 
 
-def test_band_dropout_zeroes_whole_bands_and_keeps_at_least_one():
+def test_samples_keep_at_least_one_of_their_bands():
     settings = config().encoder
-    inputs = {"sentinel2_l2a": torch.ones(500, 2, 12, 4, 4), "sentinel1": torch.ones(500, 2, 2, 4, 4)}
     g = torch.Generator().manual_seed(0)
-    rates = []
-    for _ in range(20):
-        out = drop_bands(inputs, settings, modalities=("sentinel2_l2a", "landsat"), highest=0.4, generator=g)
-        assert out["sentinel1"] is inputs["sentinel1"]
-        bands = out["sentinel2_l2a"][:, 0, :, 0, 0]
-        assert torch.equal(out["sentinel2_l2a"], bands[:, None, :, None, None].expand(500, 2, 12, 4, 4))
-        rates.append(1 - bands.mean().item())
+    rates = [1 - draw_bands(500, "sentinel2_l2a", settings, highest=0.4, generator=g).float().mean() for _ in range(20)]
     assert max(rates) <= 0.42
     assert 0.1 < sum(rates) / 20 < 0.3
     assert max(rates) - min(rates) > 0.1
-    all_gone = drop_bands(inputs, settings, modalities=("sentinel1",), highest=1e9, generator=g)["sentinel1"]
-    assert (all_gone[:, 0, :, 0, 0].sum(1) == 1).all()
+    assert (draw_bands(500, "sentinel1", settings, highest=1e9, generator=g).sum(1) == 1).all()
 
 
 def test_bands_that_are_a_token_alone_stay():
     settings = OlmoEarthConfig(dim=16, depth=1, heads=2, modalities=("landsat",))  # v1: the panchromatic band alone
-    inputs = {"landsat": torch.ones(50, 1, 11, 2, 2)}
-    out = drop_bands(inputs, settings, modalities=("landsat",), highest=1e9, generator=None)["landsat"]
-    assert (out[:, :, 0] == 1).all()
-    assert (out[:, 0, 1:, 0, 0].sum(1) == 1).all()
+    kept = draw_bands(50, "landsat", settings, highest=1e9, generator=None)
+    assert kept[:, 0].all()
+    assert (kept[:, 1:].sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1.2"])
+def test_dropping_bands_of_patches_is_dropping_them_of_images(version):
+    encoder = OlmoEarth(replace(released_config(version, "nano"), modalities=("sentinel2_l2a",)))
+    images, kept = torch.randn(3, 2, 12, 8, 8), torch.rand(3, 12) < 0.5
+    everything = {
+        "sentinel2_l2a": torch.ones(3, 2, 2, 2, len(encoder.patch_embeddings["sentinel2_l2a"]), dtype=torch.bool)
+    }
+    patches = cut_patches(encoder.patch_embeddings, {"sentinel2_l2a": images}, 4)
+    got = embed_chosen(encoder.patch_embeddings, patches, everything, kept={"sentinel2_l2a": kept})
+    expected = encoder.embed_patches({"sentinel2_l2a": images * kept[:, None, :, None, None]}, 4)["sentinel2_l2a"]
+    torch.testing.assert_close(got, expected.flatten(0, 4))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_views_together_cost_what_they_cost_one_by_one(turned):
+    model, (a, b) = make(contrast_weight=0.0), views()
+    if turned:
+        b = View(inputs={m: x.flip(3) for m, x in b.inputs.items()}, timestamps=b.timestamps, masks=b.masks, patch_px=2)
+    together = model(Views((a, b)))
+    for view, terms in zip((a, b), together.views, strict=True):
+        (alone,) = model(Views((view,))).views
+        assert alone.keys() == terms.keys()
+        for m in terms:
+            torch.testing.assert_close(terms[m], alone[m])
+
+
+@pytest.mark.parametrize(
+    ("version", "masking", "loss"), [("v1", V1_MASKING, V1_LOSS), ("v1.2", TIME_MASKING, MASKED_NEGATIVES_LOSS)]
+)
+def test_equals_the_plain_version(version, masking, loss):
+    from pretrain_plain import PlainLatentMIM
+
+    g = torch.Generator().manual_seed(0)
+    encoder = replace(released_config(version, "nano"), depth=2, drop_path=0.0, modalities=tuple(SIZES))
+    torch.manual_seed(0)
+    settings = {"encoder": encoder, "predictor": predictor_config(encoder, depth=2), "loss": loss, "band_dropout": 0.0}
+    model = LatentMIM(LatentMIMConfig(**settings)).train()
+    for weight in (*model.encoder.encodings.channel.values(), *model.predictor.encodings.channel.values()):
+        torch.nn.init.normal_(weight)
+    plain = PlainLatentMIM(model).train()
+    pair = views(3)
+    gone = {m: torch.zeros(3, 4, 4, dates, len(encoder.groups(m)), dtype=torch.bool) for m, dates in SIZES.items()}
+    gone["sentinel1"][0] = True
+    pair = [replace(view, masks=make_masks(gone, masking, generator=g)) for view in pair]
+    ours = model(Views(tuple(pair))).total
+    last = {m: x.permute(0, 3, 4, 1, 2) for m, x in pair[0].inputs.items()}
+    wanted = plain(Views(tuple(replace(view, inputs=last) for view in pair)))
+    torch.testing.assert_close(ours, wanted)
+    ours.backward()
+    wanted.backward()
+    pairs = {
+        "encoder.blocks.1.mlp.fc1.weight": plain.encoder.blocks[1].fc1.weight,
+        "encoder.patch_embeddings.sentinel2_l2a.0.proj.weight": plain.encoder.state[
+            "patch_embeddings.sentinel2_l2a.0.proj.weight"
+        ],
+        "encoder.encodings.channel.landsat": plain.encoder.state["encodings.channel.landsat"],
+        "encoder.projection.0.weight": plain.encoder.state["projection.0.weight"],
+        "predictor.blocks.0.attn.q.weight": plain.predictor.blocks[0].q.weight,
+        "predictor.encodings.channel.srtm": plain.predictor.channel["srtm"],
+        "predictor.mask_token": plain.predictor.mask_token,
+        "predictor.output.weight": plain.predictor.output.weight,
+    }
+    found = {name: weight.grad for name, weight in model.named_parameters()}
+    if version == "v1.2":
+        pairs["encoder.rotary.frequencies"] = plain.encoder.blocks[0].freqs
+        found["encoder.rotary.frequencies"] = found["encoder.rotary.frequencies"][0]
+    for name, weight in pairs.items():
+        assert weight.grad.abs().sum() > 0
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_views_of_different_patches_are_refused():
+    a, b = views()
+    with pytest.raises(InputError, match="views differ in their modalities or patch sizes"):
+        make()(Views((a, replace(b, patch_px=1))))
 
 
 def test_a_contrast_needs_two_views():

@@ -19,9 +19,11 @@ from panterra.modalities import MODALITIES
 from panterra.models.features import Features, Tokens
 from panterra.models.layers import Block
 from panterra.models.normalize import olmoearth_range
+from panterra.models.packed import Packed
 from panterra.models.patches import to_patches
 from panterra.models.pooling import instance_pool, patch_mean, spatial_pool
 from panterra.models.positions import (
+    TokenLine,
     axial_frequencies,
     days_since_2000,
     mixed_frequencies,
@@ -132,7 +134,7 @@ class PatchEmbedding(nn.Module):
         self.spatial = MODALITIES[modality].kind in ("series", "still")
         self.factor = SPATIAL_FACTOR.get(modality, 1)
         self.size = config.base_patch_px * self.factor
-        self.channels_last = not config.convolution
+        self.bands_last = not (self.spatial and config.convolution and not config.pixel_hidden)
         widths = (len(bands), *config.pixel_hidden) if self.spatial else (len(bands),)
         self.pixel = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.proj = nn.Linear(widths[-1] * (self.size**2 if self.spatial else 1), config.dim)
@@ -140,14 +142,19 @@ class PatchEmbedding(nn.Module):
         self.post = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(post))
 
     def forward(self, pixels: Float[Tensor, "b t c y x"], patch_px: int) -> Float[Tensor, "b h w t d"]:
-        b, t = pixels.shape[:2]
+        return rearrange(self.project(self.cut(pixels, patch_px)), "b t h w d -> b h w t d")
+
+    def cut(self, pixels: Float[Tensor, "b t c y x"], patch_px: int) -> Float[Tensor, "b t h w features"]:
+        """Cut images of the modality into resized patches, each a row of this band set's numbers."""
         if not self.whole:
             pixels = pixels[:, :, self.channels]
         if not self.spatial:
-            vector: Tensor = self.proj(pixels[..., 0, 0])
-            return vector[:, None, None]
-        channels_last = self.channels_last or len(self.pixel) > 0
-        x = to_patches(pixels.flatten(0, 1), patch_px * self.factor, self.size, channels_last=channels_last)
+            return pixels[..., 0, 0][:, :, None, None]
+        x = to_patches(pixels.flatten(0, 1), patch_px * self.factor, self.size, channels_last=self.bands_last)
+        return rearrange(x, "(b t) h w f -> b t h w f", b=len(pixels))
+
+    def project(self, x: Float[Tensor, "*b features"]) -> Float[Tensor, "*b d"]:
+        """Embed patches."""
         if self.pixel:
             x = x.unflatten(-1, (self.size**2, -1))
             for layer in self.pixel:
@@ -156,8 +163,13 @@ class PatchEmbedding(nn.Module):
         x = self.proj(x)
         for layer in self.post:
             x = layer(F.relu(x))
-        tokens: Tensor = rearrange(x, "(b t) h w d -> b h w t d", b=b, t=t)
-        return tokens
+        return x
+
+    def hide_bands(self, x: Float[Tensor, "n features"], kept: Bool[Tensor, "n bands"]) -> Float[Tensor, "n features"]:
+        """Zero the bands of patches that are not among those kept of the modality."""
+        kept = kept[:, self.channels]
+        pixels = x.shape[1] // len(self.channels)
+        return x * (kept.repeat(1, pixels) if self.bands_last else kept.repeat_interleave(pixels, dim=1))
 
 
 def embed_patches(
@@ -171,12 +183,57 @@ def embed_patches(
     }
 
 
+Patches = Mapping[str, list[Float[Tensor, "b t _h _w _features"]]]
+"""Resized patches of each modality, by band set."""
+
+
+def cut_patches(embeddings: nn.ModuleDict, inputs: Mapping[str, Float[Tensor, "b t c y x"]], patch_px: int) -> Patches:
+    """Cut normalised pixels into what the embeddings of each band set take."""
+    return {
+        m: [embedding.cut(inputs[m], patch_px) for embedding in _band_sets(embeddings, m)]
+        for m in embeddings
+        if m in inputs
+    }
+
+
+def _band_sets(embeddings: nn.ModuleDict, modality: str) -> Iterable[PatchEmbedding]:
+    return cast(Iterable[PatchEmbedding], embeddings[modality])
+
+
+def embed_chosen(
+    embeddings: nn.ModuleDict,
+    patches: Patches,
+    chosen: Mapping[str, Bool[Tensor, "b _h _w _t _s"]],
+    *,
+    place: Int[Tensor, " b"] | None = None,
+    kept: Mapping[str, Bool[Tensor, "b _bands"]] | None = None,
+) -> Float[Tensor, "n d"]:
+    """Embed the chosen tokens alone, in the order of `Packed.of` on the modalities in line.
+
+    `place` says whose patches a sample has, if not its own, and `kept` which bands of some modalities it keeps.
+    """
+    line = torch.cat([mask.flatten(1) for mask in chosen.values()], dim=1)
+    number = line.flatten().cumsum(0).view(line.shape).split([mask[0].numel() for mask in chosen.values()], dim=1)
+    rows, order = [], []
+    for (m, mask), numbers in zip(chosen.items(), number, strict=True):
+        for s, (embedding, images) in enumerate(zip(_band_sets(embeddings, m), patches[m], strict=True)):
+            b, h, w, t = mask[..., s].nonzero(as_tuple=True)
+            image = b if place is None else place[b]
+            _, dates, height, width, _ = images.shape
+            x = images.flatten(0, 3).index_select(0, ((image * dates + t) * height + h) * width + w)
+            if kept is not None and m in kept:
+                x = embedding.hide_bands(x, kept[m][b])
+            rows.append(embedding.project(x))
+            order.append(numbers.view(mask.shape)[..., s][mask[..., s]])
+    return torch.cat(rows).index_select(0, torch.cat(order).argsort())
+
+
 class Encodings(nn.Module):
     """The additive part of a token's identity: channel, slot, month, place, a quarter of the width each (OlmoEarth)."""
 
     def __init__(self, config: OlmoEarthConfig, dim: int) -> None:
         super().__init__()
-        self.quarter = dim // 4
+        self.dim, self.quarter = dim, dim // 4
         self.slots = config.position not in ("rope_3d", "rope_3d_mixed")
         self.places = config.position == "absolute"
         self.channel = nn.ParameterDict(
@@ -203,6 +260,21 @@ class Encodings(nn.Module):
             tokens[..., 3 * n : 4 * n] += sincos2d(rows, cols, n, step).to(tokens)[:, :, None, None]
         return tokens
 
+    def of(self, line: TokenLine, packed: Packed, month: Int[Tensor, "b t"], step: float) -> Float[Tensor, "n d"]:
+        """Give what `add` would add to some of the tokens in line."""
+        token, n = packed.token, self.quarter
+        channel = F.embedding(line.band_set[token], torch.cat([self.channel[m] for m in line.sizes]))
+        date, place = line.date[token], line.place[token]
+        rest = channel.new_zeros(len(token), self.dim - n)
+        dated = date >= 0
+        if self.slots:
+            rest[:, :n] = sincos1d(line.dates, n).to(rest)[date] * dated[:, None]
+        rest[:, n : 2 * n] = self.month[month[packed.sample, date]] * dated[:, None]
+        if self.places:
+            table = sincos2d(line.rows, line.cols, n, step).to(rest).flatten(0, 1)
+            rest[:, 2 * n : 3 * n] = table[place] * (place >= 0)[:, None]
+        return torch.cat([channel, rest], dim=1)
+
 
 class Rotary(nn.Module):
     """Angles by which queries and keys turn with time, row and column; learnable or fixed (OlmoEarth)."""
@@ -225,11 +297,13 @@ class Rotary(nn.Module):
             )
             self.register_buffer("frequencies", table[self.axes].expand(depth, -1, -1, -1).clone(), persistent=False)
 
-    def turn(self, coordinates: Float[Tensor, "b n 3"], layer: int) -> Tensor:
-        """Give one layer's unit complex numbers [b, n, 1, heads or 1, pairs], in float32 whatever the precision."""
+    def turns(
+        self, coordinates: Float[Tensor, "*b 3"], layers: slice = slice(None)
+    ) -> Float[Tensor, "layers *b _heads pairs"]:
+        """Give the angles of some layers, in float32 whatever the precision."""
         places = coordinates * torch.tensor(self.scale, device=coordinates.device)
-        angle = torch.einsum("bna,ahp->bnhp", places[..., self.axes], self.frequencies[layer].float())[:, :, None]
-        return torch.polar(torch.ones_like(angle), angle)
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return torch.einsum("...a,lahp->l...hp", places[..., self.axes], self.frequencies[layers].float())
 
 
 class OlmoEarth(nn.Module):
@@ -321,8 +395,10 @@ class OlmoEarth(nn.Module):
         seen = None if visible is None else torch.cat([visible[m].flatten(1) for m in parts], dim=1)
         if attention == "published_fast" or seen is None or bool(seen.all()):
             x = self._trunk(x, place, None)
+        elif attention == "published_eval":
+            x = self._leak(x, place, seen)
         else:
-            x = self._pack(x, place, seen, leak=attention == "published_eval")
+            x = self._pack(x, place, seen)
         if self.output is not None:
             x = self.output(x)
         aggregated = None
@@ -334,43 +410,73 @@ class OlmoEarth(nn.Module):
             visible = {m: x.new_ones((), dtype=torch.bool).expand(s[:5]) for m, s in shapes.items()}
         return Tokens(tokens=tokens, visible={m: visible[m] for m in shapes}, aggregated=aggregated)
 
+    def encode_packed(
+        self, x: Float[Tensor, "n d"], line: TokenLine, packed: Packed, timestamps: Int[Tensor, "b _T 3"], step: float
+    ) -> tuple[Float[Tensor, "n e"], Float[Tensor, "b e"]]:
+        """Encode embedded tokens of several samples in one row; the second result is what `Tokens.aggregated` is."""
+        x = x + self.encodings.of(line, packed, timestamps[..., 1], step)
+        place = None if self.rotary is None else line.coordinates(packed.sample, packed.token, timestamps, step)
+        x = self._run(x, place, packed)
+        if self.output is not None:
+            x = self.output(x)
+        if self.config.aggregate_first:
+            return x, self._project(packed.mean(x))
+        return x, packed.mean(self._project(x))
+
     def _pack(
-        self, x: Float[Tensor, "b n d"], place: Tensor | None, seen: Bool[Tensor, "b n"], *, leak: bool
+        self, x: Float[Tensor, "b n d"], place: Tensor | None, seen: Bool[Tensor, "b n"]
     ) -> Float[Tensor, "b n d"]:
         """Run the trunk on visible tokens alone and put the results back among zeros."""
-        count = seen.sum(1)
-        if not bool(count.any()):
-            return torch.zeros_like(x)
-        kept = torch.arange(int(count.max()), device=x.device) < count[:, None]
-        short = x.new_zeros(*kept.shape, x.shape[-1])
-        short[kept] = x[seen]
+        packed = Packed.of(seen)
         if place is not None:
-            where = place.new_zeros(*kept.shape, 3)
-            where[kept] = place.expand(len(x), -1, -1)[seen]
-            place = where
-        # A sample without any token would attend to nothing; let it see its padding, the result is dropped below.
-        keys = None if leak or bool(kept.all()) else kept | (count == 0)[:, None]
-        out = self._trunk(short, place, keys)
+            place = place.expand(len(x), -1, -1)[seen]
+        out = self._run(x[seen], place, packed)
         whole = torch.zeros_like(x)
-        whole[seen] = out[kept]
+        whole[seen] = out
         return whole
 
-    def _trunk(
-        self, x: Float[Tensor, "b n d"], place: Tensor | None, keys: Bool[Tensor, "b n"] | None
+    def _leak(
+        self, x: Float[Tensor, "b n d"], place: Tensor | None, seen: Bool[Tensor, "b n"]
     ) -> Float[Tensor, "b n d"]:
-        if self.registers is not None:
+        """Do the same with shorter samples filled up by zeros, at which all look (the published evaluation)."""
+        packed = Packed.of(seen)
+        short = packed.pad(x[seen]) * packed.valid[..., None]
+        if place is not None:
+            place = packed.pad(place.expand(len(x), -1, -1)[seen]) * packed.valid[..., None]
+        whole = torch.zeros_like(x)
+        whole[seen] = self._trunk(short, place, None)[packed.valid]
+        return whole
+
+    def _run(self, x: Float[Tensor, "n d"], place: Float[Tensor, "n 3"] | None, packed: Packed) -> Float[Tensor, "n d"]:
+        """Run the trunk on packed tokens; registers stand before each sample's."""
+        extra, samples = self.config.registers, len(packed.lengths)
+        if self.registers is None:
+            out = self._trunk(x[None], None if place is None else place[None], packed)
+            return out[0]
+        sample = torch.cat([torch.arange(samples, device=x.device).repeat_interleave(extra), packed.sample])
+        order = sample.argsort(stable=True)
+        x = torch.cat([self.registers.repeat(samples, 1), x])[order]
+        if place is not None:
+            place = F.pad(place, (0, 0, extra * samples, 0))[order][None]
+        out = self._trunk(x[None], place, Packed.build(sample[order], order, samples=samples))
+        return out[0][order >= extra * samples]
+
+    def _trunk(self, x: Float[Tensor, "b n d"], place: Tensor | None, packed: Packed | None) -> Float[Tensor, "b n d"]:
+        if self.registers is not None and packed is None:
             extra = len(self.registers)
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
             place = None if place is None else F.pad(place, (0, 0, extra, 0))
-            keys = None if keys is None else F.pad(keys, (extra, 0), value=True)
         in_place = not (torch.is_grad_enabled() or self.training)
-        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
-            turn = self.rotary.turn(place, i) if self.rotary is not None and place is not None else None
+        turns: Iterable[Tensor | None] = itertools.repeat(None)
+        if self.rotary is not None and place is not None:
+            layers = (slice(i, i + 1) for i in range(len(self.blocks)))
+            turns = (self.rotary.turns(place, i)[0] for i in layers) if in_place else self.rotary.turns(place)
+        for block, turn in zip(cast(Iterable[Block], self.blocks), turns, strict=False):
             if in_place:
-                block.update(x, turn=turn, visible=keys)
+                block.update(x, turn=turn, packed=packed)
             else:
-                x = block(x, turn=turn, visible=keys)
-        out: Tensor = self.norm(x[:, self.config.registers :])
+                x = block(x, turn=turn, packed=packed)
+        out: Tensor = self.norm(x if packed is not None else x[:, self.config.registers :])
         return out
 
     def _aggregate(self, x: Float[Tensor, "b n e"], seen: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b e"]:

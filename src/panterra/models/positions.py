@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +73,55 @@ def token_coordinates(
     return torch.cat(parts, dim=1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLine:
+    """What, when and where a sample's tokens are, modality after modality, each by (row, column, date, band set)."""
+
+    sizes: Mapping[str, int]
+    """Number of tokens of each modality."""
+    band_set: Int[Tensor, " n"]
+    """Counted over all modalities in line."""
+    date: Int[Tensor, " n"]
+    """-1 without one."""
+    place: Int[Tensor, " n"]
+    """Of the patch in raster order, -1 without one."""
+    dates: int
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, torch.Size], device: torch.device) -> TokenLine:
+        """Line up modalities shaped (b, h, w, t, s, ...)."""
+        return _line(tuple((m, tuple(shape[1:5])) for m, shape in shapes.items()), device)
+
+    def coordinates(
+        self, sample: Int[Tensor, " k"], token: Int[Tensor, " k"], timestamps: Int[Tensor, "b t 3"], step: float
+    ) -> Float[Tensor, "k 3"]:
+        """Give days since 2000, row and column of some tokens of some samples, as `token_coordinates` does."""
+        days = days_since_2000(timestamps[..., 0], timestamps[..., 1], timestamps[..., 2])
+        date, place = self.date[token], self.place[token]
+        # A map carries the time of the first date (OlmoEarth), a constant no time at all.
+        when = days[sample, date.clamp(min=0)] * ((date >= 0) | (place >= 0))
+        where = place.clamp(min=0)
+        return torch.stack([when, where // self.cols * step, where % self.cols * step], dim=1)
+
+
+@lru_cache(maxsize=64)
+def _line(shapes: tuple[tuple[str, tuple[int, ...]], ...], device: torch.device) -> TokenLine:
+    rows, cols, dates = (max(shape[i] for _, shape in shapes) for i in range(3))
+    parts, first = [], 0
+    for m, (h, w, t, s) in shapes:
+        kind = MODALITIES[m].kind
+        place = torch.arange(h)[:, None] * cols + torch.arange(w) if kind in ("series", "still") else -torch.ones(1, 1)
+        date = torch.arange(t) if kind in ("series", "weather") else -torch.ones(1)
+        grid = (first + torch.arange(s), date[:, None], place[:, :, None, None])
+        parts.append(torch.stack([x.long().expand(h, w, t, s).flatten() for x in grid]))
+        first += s
+    band_set, date, place = torch.cat(parts, dim=1).to(device)
+    sizes = {m: math.prod(shape) for m, shape in shapes}
+    return TokenLine(sizes=sizes, band_set=band_set, date=date, place=place, dates=dates, rows=rows, cols=cols)
+
+
 # A rotation takes coordinates [..., 3] (time, row, column) and gives one angle per head and pair of channels,
 # [..., heads or 1, head_dim / 2]; pairs are neighbours.
 Rotation = Callable[[Float[Tensor, "*b 3"]], Float[Tensor, "*b heads pairs"]]
@@ -108,6 +159,50 @@ def mixed_frequencies(
         other = other - (other * first).sum(-1, keepdim=True) * first
         first, second = first.T, torch.nn.functional.normalize(other, dim=-1).T
     return torch.cat([first[:, :, None] * size, second[:, :, None] * size], dim=-1)
+
+
+def unit(angle: Float[Tensor, "*b"]) -> Tensor:
+    """Give unit complex numbers."""
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def turn_heads(
+    x: Float[Tensor, "*b c h d"], angle: Float[Tensor, "*b _h pairs"], number: int
+) -> Float[Tensor, "*b c h d"]:
+    """Turn neighbouring pairs of channels of the first `number` of each token's vectors, in float32."""
+    out: Tensor = _TurnHeads.apply(x, angle, number)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _TurnHeads(torch.autograd.Function):
+    """A rotation whose backward pass needs its result, which attention keeps anyway, and not what came in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angle: Tensor, number: int) -> Tensor:
+        turn = unit(angle)
+        turned = _turn_copy(x, turn, number)
+        ctx.save_for_backward(turned, turn)
+        ctx.number = number
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        turned, turn = ctx.saved_tensors
+        d_angle = None
+        if ctx.needs_input_grad[1]:
+            pairs = (_as_pairs(x, ctx.number).unbind(-3) for x in (gradient, turned))
+            d_angle = sum((g * y.conj()).imag for g, y in zip(*pairs, strict=True))
+        return _turn_copy(gradient, turn.conj(), ctx.number), d_angle, None
+
+
+def _turn_copy(x: Tensor, turn: Tensor, number: int) -> Tensor:
+    out = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    _as_pairs(out, number).mul_(turn.unsqueeze(-3))
+    return out.to(x.dtype)
+
+
+def _as_pairs(x: Tensor, number: int) -> Tensor:
+    return torch.view_as_complex(x[..., :number, :, :].float().unflatten(-1, (-1, 2)))
 
 
 def rotate(x: Float[Tensor, "*b d"], turn: Tensor) -> Float[Tensor, "*b d"]:

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from panterra.models.layers import MLP, attend, drop_path
+from panterra.models.layers import MLP, attend_packed, drop_path, norm_linear
 from panterra.models.olmoearth import Encodings, OlmoEarthConfig, Rotary
-from panterra.models.positions import days_since_2000, rotate, token_coordinates
+from panterra.models.packed import Packed
+from panterra.models.positions import TokenLine, turn_heads
 
 VISIBLE, TEACHER_ONLY, DECODE, MISSING = range(4)
 """What a mask says of a token: the student sees it; only the teacher does; it is to be predicted; it has no data."""
@@ -90,19 +91,22 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"],
+        x: Float[Tensor, "1 n d"],
+        context: Float[Tensor, "1 m d"],
         *,
-        turn: tuple[Tensor, Tensor] | None,
-        visible: Bool[Tensor, "b m"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        q: Tensor = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        norm: nn.LayerNorm,
+        turns: tuple[Tensor, Tensor] | None,
+        queries: Packed,
+        keys: Packed,
+    ) -> Float[Tensor, "1 n d"]:
+        q = norm_linear(x, norm, self.q).unflatten(-1, (1, self.heads, -1))
+        kv: Tensor = self.kv(context).unflatten(-1, (2, self.heads, -1))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, turn[0]), rotate(k, turn[1])
-        out: Tensor = self.proj(attend(q, k, v, visible=visible).flatten(2))
+            q, kv = self.q_norm(q), torch.stack([self.k_norm(kv[:, :, 0]), kv[:, :, 1]], dim=2)
+        if turns is not None:
+            q, kv = turn_heads(q, turns[0], 1), turn_heads(kv, turns[1], 1)
+        q, (k, v) = q[:, :, 0], kv.unbind(2)
+        out: Tensor = self.proj(attend_packed(q, k, v, queries, keys).flatten(2))
         return out
 
 
@@ -119,15 +123,16 @@ class CrossBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"],
+        x: Float[Tensor, "1 n d"],
+        context: Float[Tensor, "1 m d"],
         *,
-        turn: tuple[Tensor, Tensor] | None,
-        visible: Bool[Tensor, "b m"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        mixed = self.attn(self.norm1(x), context, turn=turn, visible=visible)
-        x = x + drop_path(mixed, self.drop_path, training=self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, training=self.training)
+        turns: tuple[Tensor, Tensor] | None,
+        queries: Packed,
+        keys: Packed,
+    ) -> Float[Tensor, "1 n d"]:
+        mixed = self.attn(x, context, norm=self.norm1, turns=turns, queries=queries, keys=keys)
+        x = x + drop_path(mixed, self.drop_path, training=self.training, packed=queries)
+        return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path, training=self.training, packed=queries)
 
 
 class Predictor(nn.Module):
@@ -191,33 +196,49 @@ class Predictor(nn.Module):
         """
         values = torch.cat([mask.flatten(1) for mask in masks.values()], dim=1)
         x = torch.cat([tokens.flatten(1, 4) for tokens in encoded.values()], dim=1)
-        seen, wanted = Chosen.of(values[:, : x.shape[1]] == VISIBLE), Chosen.of(values == DECODE)
-        step = pixel_m * patch_px / 10
-        identity = self._identity(masks, timestamps, step)
-        context = self.input(self.input_norm(seen.take(x))) + seen.take(identity)
-        query = self.mask_token + wanted.take(identity)
-        # A sample without anything visible would attend to nothing; let it see its padding.
-        keys = None if bool(seen.valid.all()) else seen.valid | ~seen.valid.any(1, keepdim=True)
-        places = None
-        if self.rotary is not None:
-            days = days_since_2000(timestamps[..., 0], timestamps[..., 1], timestamps[..., 2])
-            where = token_coordinates({m: mask.shape for m, mask in masks.items()}, days, step)
-            places = wanted.take(where), seen.take(where)
-        for i, block in enumerate(self.blocks):
-            turn = None
-            if self.rotary is not None and places is not None:
-                turn = self.rotary.turn(places[0], i).squeeze(2), self.rotary.turn(places[1], i).squeeze(2)
-            query = block(query, context, turn=turn, visible=keys)
-        return (query, wanted), (context, seen)
-
-    def _identity(self, masks: Masks, timestamps: Int[Tensor, "b _T 3"], step: float) -> Float[Tensor, "b n d"]:
-        """Say of every token which, when and where it is, as far as that is added."""
-        month = timestamps[..., 1]
-        if bool((month == month[:1]).all()):
-            month = month[:1]
-        zero = self.mask_token.new_zeros(())
-        parts = [
-            self.encodings.add(zero.expand(len(month), *mask.shape[1:], self.config.dim).clone(), m, month, step)
-            for m, mask in masks.items()
+        visible, wanted = values[:, : x.shape[1]] == VISIBLE, values == DECODE
+        line = TokenLine.of({m: mask.shape for m, mask in masks.items()}, x.device)
+        query, context = self.decode_packed(
+            x[visible], line, Packed.of(visible), Packed.of(wanted), timestamps, pixel_m * patch_px / 10
+        )
+        places = Chosen.of(wanted), Chosen.of(visible)
+        padded = [
+            rows.new_zeros(*chosen.valid.shape, rows.shape[-1]).masked_scatter(chosen.valid[..., None], rows)
+            for rows, chosen in zip((query, context), places, strict=True)
         ]
-        return torch.cat([part.flatten(1, 4) for part in parts], dim=1)
+        return (padded[0], places[0]), (padded[1], places[1])
+
+    def predict_packed(
+        self,
+        encoded: Float[Tensor, "n e"],
+        line: TokenLine,
+        seen: Packed,
+        wanted: Packed,
+        timestamps: Int[Tensor, "b _T 3"],
+        step: float,
+    ) -> Float[Tensor, "k e"]:
+        """Predict the wanted tokens from those seen."""
+        query, _ = self.decode_packed(encoded, line, seen, wanted, timestamps, step)
+        return norm_linear(query, self.norm, self.output)
+
+    def decode_packed(
+        self,
+        encoded: Float[Tensor, "n e"],
+        line: TokenLine,
+        seen: Packed,
+        wanted: Packed,
+        timestamps: Int[Tensor, "b _T 3"],
+        step: float,
+    ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "n d"]]:
+        """Do what `decode` does with tokens in a row."""
+        month = timestamps[..., 1]
+        context = norm_linear(encoded, self.input_norm, self.input) + self.encodings.of(line, seen, month, step)
+        query = self.mask_token + self.encodings.of(line, wanted, month, step)
+        turns: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        if self.rotary is not None:
+            places = (line.coordinates(p.sample, p.token, timestamps, step)[None] for p in (wanted, seen))
+            turns = list(zip(*(self.rotary.turns(place).unbind() for place in places), strict=True))
+        x = query[None]
+        for block, pair in zip(self.blocks, turns, strict=True):
+            x = block(x, context[None], turns=pair, queries=wanted, keys=seen)
+        return x[0], context

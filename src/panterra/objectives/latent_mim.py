@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.olmoearth import TARGET_ONLY, OlmoEarth, OlmoEarthConfig
-from panterra.models.predictor import VISIBLE, Masks, Predictor
-from panterra.objectives.losses import info_nce, pair_up, token_loss
+from panterra.models.olmoearth import TARGET_ONLY, OlmoEarth, OlmoEarthConfig, Patches, cut_patches, embed_chosen
+from panterra.models.packed import Packed
+from panterra.models.positions import TokenLine
+from panterra.models.predictor import DECODE, VISIBLE, Masks, Predictor
+from panterra.objectives.losses import info_nce, pair_packed, token_loss
 from panterra.objectives.teacher import Teacher, fresh_teacher
 
 V1_LOSS = {"type": "modality_patch_discrimination_vec", "tau": 0.1}
@@ -114,6 +116,41 @@ class LatentMIMLoss:
         return {m: torch.stack(values).mean() for m, values in found.items()} | {"contrast": self.contrast.detach()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stacked:
+    """All views as one batch, view after view, so that each layer is called once."""
+
+    inputs: Mapping[str, Float[Tensor, "i _t _c _y _x"]]
+    """Images that views share are there once."""
+    place: Int[Tensor, " b"]
+    """Which of the images a sample of a view is masked from."""
+    timestamps: Int[Tensor, "b _T 3"]
+    masks: Masks
+    patch_px: int
+
+    @property
+    def images(self) -> int:
+        """Count the samples of `inputs`."""
+        return len(next(iter(self.inputs.values())))
+
+    @classmethod
+    def of(cls, views: Views) -> _Stacked:
+        """Stack views, which may differ in their masks and in how their images are turned."""
+        first, *others = views
+        if any(view.patch_px != first.patch_px or view.masks.keys() != first.masks.keys() for view in others):
+            raise InputError("views differ in their modalities or patch sizes; mask the same samples for all of them")
+        distinct = list({id(view.inputs): view.inputs for view in views}.values())
+        number = {id(inputs): i for i, inputs in enumerate(distinct)}
+        samples = torch.arange(views.samples, device=first.timestamps.device)
+        return cls(
+            inputs={m: torch.cat([inputs[m] for inputs in distinct]) for m in first.masks},
+            place=torch.cat([samples + number[id(view.inputs)] * views.samples for view in views]),
+            timestamps=torch.cat([view.timestamps for view in views]),
+            masks={m: torch.cat([view.masks[m] for view in views]) for m in first.masks},
+            patch_px=first.patch_px,
+        )
+
+
 class LatentMIM(nn.Module):
     """Student, predictor and teacher; its forward pass is a loss, so that it can be wrapped by DDP and FSDP."""
 
@@ -135,88 +172,86 @@ class LatentMIM(nn.Module):
         """
         if self.config.contrast_weight and len(views) != 2:
             raise InputError(f"{len(views)} views came; the contrast needs 2: give two, or contrast_weight=0")
-        terms, pooled, zeros = [], [], []
-        target: dict[str, Tensor] = {}
-        last: Mapping[str, Tensor] | None = None
-        for view in views:
-            if view.inputs is not last:
-                target, last = self.teacher(view.inputs, view.patch_px), view.inputs
-            losses, aggregated, zero = self._view(view, target, generator)
-            terms.append(losses)
-            pooled.append(aggregated)
-            zeros.append(zero)
-        contrast = pooled[0].new_zeros(())
-        if self.config.contrast_weight:
-            with torch.autocast(contrast.device.type, enabled=False):
+        batch = _Stacked.of(views)
+        step = 10.0 * batch.patch_px / 10
+        visible = {m: mask == VISIBLE for m, mask in batch.masks.items()}
+        values = torch.cat([mask.flatten(1) for mask in batch.masks.values()], dim=1)
+        seen, wanted = Packed.of(values == VISIBLE), Packed.of(values == DECODE)
+        line = TokenLine.of({m: mask.shape for m, mask in batch.masks.items()}, values.device)
+        patches = cut_patches(self.encoder.patch_embeddings, batch.inputs, batch.patch_px)
+        kept = self._draw_bands(visible, len(views), generator)
+        embedded = embed_chosen(self.encoder.patch_embeddings, patches, visible, place=batch.place, kept=kept)
+        latent, pooled = self.encoder.encode_packed(embedded, line, seen, batch.timestamps, step)
+        predicted = self.predictor.predict_packed(latent, line, seen, wanted, batch.timestamps, step)
+        target = self._target(patches, batch, wanted)
+        terms = []
+        contrast = pooled.new_zeros(())
+        with torch.autocast(pooled.device.type, enabled=False):
+            for i in range(len(views)):
+                rows, packed = wanted.part(i * views.samples, (i + 1) * views.samples)
+                pairs = pair_packed(predicted[rows], target[rows], packed, line.sizes)
+                terms.append(token_loss(pairs, self.config.loss, across_ranks=self.config.across_ranks))
+            if self.config.contrast_weight:
                 contrast = self.config.contrast_weight * info_nce(
-                    *pooled, temperature=self.config.contrast_temperature, across_ranks=self.config.across_ranks
+                    *pooled.chunk(2),
+                    temperature=self.config.contrast_temperature,
+                    across_ranks=self.config.across_ranks,
                 )
         mean = torch.stack([torch.stack(list(losses.values())).sum() for losses in terms]).mean()
-        return LatentMIMLoss(total=mean + contrast + sum(zeros), views=tuple(terms), contrast=contrast)
+        total = mean + contrast + self._unused(batch.masks) + 0.0 * pooled.sum()
+        return LatentMIMLoss(total=total, views=tuple(terms), contrast=contrast)
 
-    def _view(
-        self, view: View, target: Mapping[str, Tensor], generator: torch.Generator | None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        visible = {m: mask == VISIBLE for m, mask in view.masks.items()}
-        # The student never embeds what nobody looks at; a batch without anything visible keeps one modality.
-        seen = [m for m in visible if bool(visible[m].any())] or list(visible)[:1]
-        inputs = {m: view.inputs[m] for m in self.config.encoder.modalities if m in seen}
-        if self.training and self.config.band_dropout:
-            inputs = drop_bands(
-                inputs,
-                self.config.encoder,
-                modalities=self.config.band_dropout_modalities,
-                highest=self.config.band_dropout,
-                generator=generator,
-            )
-        out = self.encoder(inputs, view.timestamps, patch_px=view.patch_px, visible=visible)
-        predictions = self.predictor(out.tokens, view.masks, view.timestamps, patch_px=view.patch_px)
-        wanted = torch.cat([target[m].flatten(1, 4) for m in predictions.sizes], dim=1)
-        pairs = pair_up(predictions.tokens, predictions.chosen.take(wanted), predictions.chosen, predictions.sizes)
-        # In the same order on all ranks, whatever each has seen, since their losses may meet.
-        pairs = {m: pairs[m] for m in view.masks}
-        with torch.autocast(wanted.device.type, enabled=False):
-            losses = token_loss(pairs, self.config.loss, across_ranks=self.config.across_ranks)
-        assert out.aggregated is not None
-        return losses, out.aggregated, self._unused(inputs, view.masks) + 0.0 * out.aggregated.sum()
+    def _draw_bands(
+        self, visible: Mapping[str, Bool[Tensor, "b _h _w _t _s"]], views: int, generator: torch.Generator | None
+    ) -> dict[str, Bool[Tensor, "b _bands"]]:
+        """Draw which bands each sample of each view keeps, for the modalities that lose any."""
+        highest = self.config.band_dropout if self.training else 0.0
+        losing = [m for m in self.config.band_dropout_modalities if m in visible and highest]
+        kept: dict[str, list[Tensor]] = {m: [] for m in losing}
+        for _ in range(views):
+            for m in losing:
+                samples = len(visible[m]) // views
+                drawn = draw_bands(samples, m, self.config.encoder, highest=highest, generator=generator)
+                kept[m].append(drawn.to(visible[m].device))
+        return {m: torch.cat(parts) for m, parts in kept.items()}
 
-    def _unused(self, seen: Collection[str], present: Collection[str]) -> Tensor:
+    def _target(self, patches: Patches, batch: _Stacked, wanted: Packed) -> Float[Tensor, "k e"]:
+        """Give the teacher's embeddings of the wanted tokens, made once where views want them of the same images."""
+        sizes, owner = {m: mask[0].numel() for m, mask in batch.masks.items()}, batch.place[wanted.sample]
+        line = torch.zeros(batch.images, sum(sizes.values()), dtype=torch.bool, device=owner.device)
+        line[owner, wanted.token] = True
+        parts = zip(batch.masks.items(), line.split(list(sizes.values()), dim=1), strict=True)
+        chosen = {m: part.view(-1, *mask.shape[1:]) for (m, mask), part in parts}
+        tokens = self.teacher.embed_chosen(patches, chosen)
+        number = line.flatten().cumsum(0).view(line.shape) - 1
+        return tokens[number[owner, wanted.token]]
+
+    def _unused(self, present: Collection[str]) -> Tensor:
         """Give a zero whose gradient reaches the parameters of modalities that this batch left out.
 
         The optimiser then treats them as the published one does, and DDP finds every parameter in use.
         """
         encoder, predictor = self.encoder, self.predictor
-        rest = [p for m, part in encoder.patch_embeddings.items() if m not in seen for p in part.parameters()]
-        rest += [p for m, p in encoder.encodings.channel.items() if m not in seen]
+        rest = [p for m, part in encoder.patch_embeddings.items() if m not in present for p in part.parameters()]
+        rest += [p for m, p in encoder.encodings.channel.items() if m not in present]
         rest += [p for m, p in predictor.encodings.channel.items() if m not in present]
         return 0.0 * sum((p.sum() for p in rest), self.predictor.mask_token.new_zeros(()))
 
 
-def drop_bands(
-    inputs: Mapping[str, Float[Tensor, "b t c y x"]],
-    config: OlmoEarthConfig,
-    *,
-    modalities: Collection[str],
-    highest: float,
-    generator: torch.Generator | None,
-) -> dict[str, Float[Tensor, "b t c y x"]]:
-    """Zero some bands of some samples, at a rate drawn per band set up to `highest` (OlmoEarth).
+def draw_bands(
+    samples: int, modality: str, config: OlmoEarthConfig, *, highest: float, generator: torch.Generator | None
+) -> Bool[Tensor, "b bands"]:
+    """Draw which bands of a modality samples keep; others are dropped at a rate drawn per band set up to `highest`.
 
-    A sample keeps at least one band of each band set; band sets of one band stay whole.
+    A sample keeps at least one band of each band set; band sets of one band stay whole (OlmoEarth).
     """
-    out = dict(inputs)
-    for m in modalities:
-        if m not in inputs:
-            continue
-        x = inputs[m]
-        names = MODALITIES[m].band_names
-        kept = torch.ones(len(x), len(names), dtype=torch.bool)
-        for bands in config.groups(m):
-            if len(bands) > 1:
-                rate = torch.rand((), generator=generator) * highest
-                keep = torch.rand(len(x), len(bands), generator=generator) >= rate
-                lucky = torch.randint(len(bands), (len(x), 1), generator=generator)
-                keep |= ~keep.any(1, keepdim=True) & (torch.arange(len(bands)) == lucky)
-                kept[:, [names.index(band) for band in bands]] = keep
-        out[m] = x * kept.to(x)[:, None, :, None, None]
-    return out
+    names = MODALITIES[modality].band_names
+    kept = torch.ones(samples, len(names), dtype=torch.bool)
+    for bands in config.groups(modality):
+        if len(bands) > 1:
+            rate = torch.rand((), generator=generator) * highest
+            keep = torch.rand(samples, len(bands), generator=generator) >= rate
+            lucky = torch.randint(len(bands), (samples, 1), generator=generator)
+            keep |= ~keep.any(1, keepdim=True) & (torch.arange(len(bands)) == lucky)
+            kept[:, [names.index(band) for band in bands]] = keep
+    return kept

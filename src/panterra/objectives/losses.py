@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.models.packed import Packed
 from panterra.models.predictor import Chosen
 
 _NEVER = -1e30
@@ -42,17 +43,28 @@ def pair_up(
     predicted: Float[Tensor, "b k d"], target: Float[Tensor, "b k d"], chosen: Chosen, sizes: Mapping[str, int]
 ) -> dict[str, Pair]:
     """Split tokens chosen from all modalities in line into each modality's pairs."""
+    sample, place = chosen.valid.nonzero(as_tuple=True)
+    packed = Packed.build(sample, chosen.index[sample, place], samples=len(predicted))
+    return pair_packed(predicted[chosen.valid], target[chosen.valid], packed, sizes)
+
+
+def pair_packed(
+    predicted: Float[Tensor, "n d"], target: Float[Tensor, "n d"], packed: Packed, sizes: Mapping[str, int]
+) -> dict[str, Pair]:
+    """Split packed tokens, whose numbers count all modalities in line, into each modality's pairs."""
     ends = torch.tensor(list(sizes.values()), device=predicted.device).cumsum(0)
-    modality = torch.searchsorted(ends, chosen.index, right=True)
-    counts = torch.stack([(chosen.valid & (modality == i)).sum(1) for i in range(len(sizes))])
-    starts, longest = counts.cumsum(0) - counts, counts.amax(1).tolist()
+    modality, samples = torch.searchsorted(ends, packed.token, right=True), len(packed.lengths)
+    # A sample's tokens stand in order of their modalities, so that all of one are neighbours.
+    counts = torch.bincount(packed.sample * len(sizes) + modality, minlength=samples * len(sizes))
+    starts = (counts.cumsum(0) - counts).view(samples, -1)
+    counts = counts.view(samples, -1)
+    longest, last = counts.amax(0).tolist(), max(len(predicted) - 1, 0)
     pairs = {}
     for i, name in enumerate(sizes):
-        places = torch.arange(longest[i], device=predicted.device)
-        inside = Chosen(
-            index=(starts[i][:, None] + places).clamp(max=predicted.shape[1] - 1), valid=places < counts[i][:, None]
-        )
-        pairs[name] = Pair(predicted=inside.take(predicted), target=inside.take(target), valid=inside.valid)
+        place = torch.arange(longest[i], device=predicted.device)
+        rows = (starts[:, i, None] + place).clamp(max=last)
+        p, t = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (predicted, target))
+        pairs[name] = Pair(predicted=p, target=t, valid=place < counts[:, i, None])
     return pairs
 
 
@@ -81,7 +93,7 @@ def patch_discrimination(
     """
     predicted = _standardised(pair, across_ranks=across_ranks) if standardise else pair.predicted
     p, t = _unit(predicted), _unit(pair.target)
-    logits = p @ t.mT / temperature
+    logits = p / temperature @ t.mT
     own = logits.diagonal(dim1=1, dim2=2)
     allowed = pair.valid[:, None, :]
     number = pair.valid.sum(1)

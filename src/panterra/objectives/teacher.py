@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from panterra.models.olmoearth import OlmoEarth, embed_patches
+from panterra.models.olmoearth import OlmoEarth, Patches, embed_chosen, embed_patches
 
 
 class Teacher(nn.Module):
@@ -32,6 +32,14 @@ class Teacher(nn.Module):
         """Embed normalised pixels; what is missing gets some embedding too, which no loss looks at."""
         tokens = embed_patches(self.patch_embeddings, inputs, patch_px)
         return tokens if self.output is None else {m: self.output(x) for m, x in tokens.items()}
+
+    @torch.no_grad()
+    def embed_chosen(
+        self, patches: Patches, chosen: Mapping[str, Bool[Tensor, "b _h _w _t _s"]]
+    ) -> Float[Tensor, "n e"]:
+        """Embed some patches alone, see `olmoearth.embed_chosen`."""
+        tokens = embed_chosen(self.patch_embeddings, patches, chosen)
+        return tokens if self.output is None else self.output(tokens)
 
 
 def fresh_teacher(student: OlmoEarth, *, seed: int) -> Teacher:

@@ -87,15 +87,18 @@ class CropTokens:
     """With data."""
     visible: float
     decoded: float
-    visible_most: int
+    shown: Mapping[str, float]
+    """Visible tokens by modality."""
+    taught: Mapping[str, float]
+    """Tokens by modality that the teacher embeds for all views, which share what they both decode."""
+    looks: float
+    """Pairs of visible tokens of a sample."""
+    cross_looks: float
+    """Pairs of a decoded and a visible token of a sample."""
     decoded_most: Mapping[str, int]
     """By modality."""
     decoded_together: int
     """Most of a sample's tokens to decode, all modalities together."""
-    laid_out: Mapping[str, int]
-    """Tokens of each modality as they are embedded, with data or not."""
-    seen: tuple[str, ...]
-    """Modalities that the student embeds."""
 
 
 def crop_tokens(recipe: OlmoEarthRecipe, facts: CorpusFacts) -> list[CropTokens]:
@@ -122,25 +125,28 @@ def _draw_tokens(recipe: OlmoEarthRecipe, facts: CorpusFacts, side: int, share: 
         steps = dates if kind in ("series", "weather") else 1
         gone = torch.from_numpy(~has[:, i])[:, None, None, None, None]
         missing[m] = gone.expand(-1, *grid, steps, sets).clone()
-    masks = make_masks(missing, recipe.masking, generator=torch.Generator().manual_seed(recipe.data_seed))
-    present = sum((~gone).flatten(1).sum(1) for gone in missing.values())
-    visible = sum((mask == VISIBLE).flatten(1).sum(1) for mask in masks.values())
-    decoded = {m: (mask == DECODE).flatten(1).sum(1) for m, mask in masks.items()}
-    together = torch.stack(list(decoded.values())).sum(0)
-    assert isinstance(present, torch.Tensor)
-    assert isinstance(visible, torch.Tensor)
+    generator = torch.Generator().manual_seed(recipe.data_seed)
+    views = [make_masks(missing, recipe.masking, generator=generator) for _ in range(recipe.views)]
+    present = torch.stack([(~gone).flatten(1).sum(1) for gone in missing.values()]).sum(0)
+    shown = {m: torch.cat([(mask[m] == VISIBLE).flatten(1).sum(1) for mask in views]) for m in missing}
+    wanted = {m: torch.stack([mask[m] == DECODE for mask in views]) for m in missing}
+    decoded = {m: mask.flatten(2).sum(2).flatten() for m, mask in wanted.items()}
+    # Turned views have images of their own.
+    taught = {m: mask.flatten(2).sum() if recipe.symmetries else mask.any(0).sum() for m, mask in wanted.items()}
+    visible, together = (torch.stack(list(counts.values())).sum(0).float() for counts in (shown, decoded))
     return CropTokens(
         side_patches=side,
         share=share,
         dates=dates,
         tokens=float(present.float().mean()),
-        visible=float(visible.float().mean()),
-        decoded=float(together.float().mean()),
-        visible_most=int(visible.max()),
+        visible=float(visible.mean()),
+        decoded=float(together.mean()),
+        shown={m: float(count.float().mean()) for m, count in shown.items()},
+        taught={m: int(count) / number for m, count in taught.items()},
+        looks=float(visible.square().mean()),
+        cross_looks=float((visible * together).mean()),
         decoded_most={m: int(count.max()) for m, count in decoded.items()},
         decoded_together=int(together.max()),
-        laid_out={m: gone[0].numel() for m, gone in missing.items()},
-        seen=tuple(m for m, mask in masks.items() if bool((mask == VISIBLE).any())),
     )
 
 
@@ -150,21 +156,21 @@ def _draw_tokens(recipe: OlmoEarthRecipe, facts: CorpusFacts, side: int, share: 
 def training_flops(recipe: OlmoEarthRecipe, crop: CropTokens) -> float:
     """Count the floating-point operations of matrix products, forward and backward, for one sample in all its views.
 
-    Padding to the sample with most tokens is counted, as it is computed. A product costs twice as much backward as
-    forward, or as much where its input needs no gradient.
+    Samples are not padded but where the loss compares tokens. A product costs twice as much backward as forward, or as
+    much where its input needs no gradient.
     """
     config, predictor = recipe.encoder, recipe.objective.predictor
-    embedding = {m: _embedding_flops(config, m, n) for m, n in crop.laid_out.items()}
-    first, rest = (sum(embedding[m][i] for m in crop.seen) for i in (0, 1))
-    teacher = sum(map(sum, embedding.values()))
-    n, k = crop.visible_most, crop.decoded_together
-    encoder = config.depth * _block_flops(n, config.dim, config.mlp_ratio)
+    embedding = [_embedding_flops(config, m, n) for m, n in crop.shown.items()]
+    first, rest = (sum(flops[i] for flops in embedding) for i in (0, 1))
+    teacher = sum(sum(_embedding_flops(config, m, n)) for m, n in crop.taught.items())
+    n, k = crop.visible, crop.decoded
+    encoder = config.depth * _block_flops(n, crop.looks, config.dim, config.mlp_ratio)
     output_dim = predictor.output_dim or predictor.dim
-    cross = predictor.depth * _cross_flops(k, n, predictor.dim, predictor.mlp_ratio)
+    cross = predictor.depth * _cross_flops(k, n, crop.cross_looks, predictor.dim, predictor.mlp_ratio)
     cross += 2 * predictor.dim * (n * config.dim + k * output_dim)
     compared = sum(2 * size**2 * config.dim for size in _compared(recipe, crop))
     per_view = 2 * first + 3 * (rest + encoder + cross) + 2 * compared
-    return recipe.views * per_view + (recipe.views if recipe.symmetries else 1) * teacher
+    return recipe.views * per_view + teacher
 
 
 def _compared(recipe: OlmoEarthRecipe, crop: CropTokens) -> list[int]:
@@ -174,19 +180,19 @@ def _compared(recipe: OlmoEarthRecipe, crop: CropTokens) -> list[int]:
     return [crop.decoded_together]
 
 
-def _embedding_flops(config: OlmoEarthConfig, modality: str, tokens: int) -> tuple[int, int]:
+def _embedding_flops(config: OlmoEarthConfig, modality: str, tokens: float) -> tuple[float, float]:
     """Count a forward pass of a modality's patch embeddings: the first layer, and those after it."""
     sets = config.groups(modality)
     spatial, pixels = _spatial(modality), _patch_pixels(config, modality)
-    counts = [0, 0]
+    counts = [0.0, 0.0]
     for bands in sets:
         widths = [len(bands), *(config.pixel_hidden if spatial else ())]
         layers = [2 * pixels * a * b for a, b in itertools.pairwise(widths)]
         layers.append(2 * pixels * widths[-1] * config.dim)
         post = [config.dim, *(config.post_hidden if spatial else ())]
         layers += [2 * a * b for a, b in itertools.pairwise(post)]
-        counts[0] += layers[0] * tokens // len(sets)
-        counts[1] += sum(layers[1:]) * tokens // len(sets)
+        counts[0] += layers[0] * tokens / len(sets)
+        counts[1] += sum(layers[1:]) * tokens / len(sets)
     return counts[0], counts[1]
 
 
@@ -199,13 +205,13 @@ def _patch_pixels(config: OlmoEarthConfig, modality: str) -> int:
     return (config.base_patch_px * SPATIAL_FACTOR.get(modality, 1)) ** 2 if _spatial(modality) else 1
 
 
-def _block_flops(n: int, dim: int, mlp_ratio: float) -> float:
-    return 2 * n * dim**2 * (4 + 2 * mlp_ratio) + 4 * n**2 * dim
+def _block_flops(n: float, looks: float, dim: int, mlp_ratio: float) -> float:
+    return 2 * n * dim**2 * (4 + 2 * mlp_ratio) + 4 * looks * dim
 
 
-def _cross_flops(queries: int, context: int, dim: int, mlp_ratio: float) -> float:
+def _cross_flops(queries: float, context: float, looks: float, dim: int, mlp_ratio: float) -> float:
     linear = queries * (2 + 2 * mlp_ratio) + context * 2
-    return 2 * linear * dim**2 + 4 * queries * context * dim
+    return 2 * linear * dim**2 + 4 * looks * dim
 
 
 # Memory
@@ -231,21 +237,21 @@ class Memory:
 def activation_bytes(recipe: OlmoEarthRecipe, crop: CropTokens, patch_px: int, *, samples: int, width: float) -> float:
     """Estimate what a micro-batch keeps for its backward pass, with `width` bytes per number.
 
-    Per token and layer a block of width d keeps 12 d and twice its hidden width: its input, two normalised copies,
-    queries, keys, values, what attention gives, the sum after it and both sides of the GELU; 3 d more where queries
-    and keys are rotated. A cross-attention block keeps the same for its queries and 2 d for its context. Patch
-    embeddings keep the resized pixels and each layer's input. The loss keeps six copies of what it compares and four
-    tables of comparisons in float32. On small cases this is between 0.8 and 1.6 times what automatic differentiation
+    Per token and layer a block of width d keeps 7 d and its hidden width: its input, queries, keys, values, what
+    attention gives, the sum after it and what goes into the GELU; 1 d more where queries and keys are rotated. A
+    cross-attention block keeps 5 d for its queries, and 2 d for its context. Patch embeddings keep the resized
+    pixels and each layer's input. The loss keeps six copies of what it compares and four tables of comparisons in
+    float32. On small cases this is between 0.8 and 1.6 times what automatic differentiation
     keeps; a backward pass needs some more for a moment.
     """
     config, predictor = recipe.encoder, recipe.objective.predictor
-    n, k = crop.visible_most, crop.decoded_together
-    turned = 3 if config.position.startswith("rope") else 0
-    block = (12 + turned + 2 * config.mlp_ratio) * config.dim
-    cross = (12 + turned + 2 * predictor.mlp_ratio) * predictor.dim
+    n, k = crop.visible, crop.decoded
+    turned = 1 if config.position.startswith("rope") else 0
+    block = (7 + turned + config.mlp_ratio) * config.dim
+    cross = (5 + turned + predictor.mlp_ratio) * predictor.dim
     numbers = config.depth * n * block + predictor.depth * (k * cross + n * 2 * predictor.dim)
-    numbers += sum(_embedding_numbers(config, m, crop.laid_out[m]) for m in crop.seen)
-    numbers += 2 * sum(crop.laid_out.values()) * config.dim + 6 * k * config.dim
+    numbers += sum(_embedding_numbers(config, m, count) for m, count in crop.shown.items())
+    numbers += 2 * (n + k) * config.dim + 6 * k * config.dim
     inputs = sum(
         (crop.side_patches * patch_px * SPATIAL_FACTOR.get(m, 1)) ** 2
         * len(MODALITIES[m].bands)
@@ -257,7 +263,7 @@ def activation_bytes(recipe: OlmoEarthRecipe, crop: CropTokens, patch_px: int, *
     return samples * (recipe.views * (numbers * width + tables * 4) + inputs * 4)
 
 
-def _embedding_numbers(config: OlmoEarthConfig, modality: str, tokens: int) -> float:
+def _embedding_numbers(config: OlmoEarthConfig, modality: str, tokens: float) -> float:
     """Count what a modality's patch embeddings keep: each layer's input, the resized pixels first."""
     sets = config.groups(modality)
     pixels = _patch_pixels(config, modality)
@@ -434,7 +440,7 @@ def measure_rate(recipe: OlmoEarthRecipe, crops: Sequence[CropTokens], *, device
     Takes more sequences at once until a pass takes a tenth of a second or a micro-batch is full.
     """
     config = recipe.encoder
-    n = max(1, round(sum(crop.share * crop.visible_most for crop in crops)))
+    n = max(1, round(sum(crop.share * crop.visible for crop in crops)))
     block = Block(config.dim, config.heads, int(config.dim * config.mlp_ratio), qk_norm=config.qk_norm).to(device)
 
     def seconds_of(samples: int) -> float:
@@ -452,7 +458,7 @@ def measure_rate(recipe: OlmoEarthRecipe, crops: Sequence[CropTokens], *, device
         samples *= 2
         seconds = min(seconds_of(samples) for _ in range(2))
     return Rate(
-        flops=3 * samples * _block_flops(n, config.dim, config.mlp_ratio) / seconds,
+        flops=3 * samples * _block_flops(n, n**2, config.dim, config.mlp_ratio) / seconds,
         source=f"measured on this machine's {device}: one block of the encoder, {samples} x {n} tokens, "
         f"{recipe.precision}",
     )
