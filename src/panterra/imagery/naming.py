@@ -157,11 +157,15 @@ def match_bands(names: Sequence[str], modality: Modality) -> tuple[str | None, .
     return tuple(m if m and matched.count(m) == 1 else None for m in matched)
 
 
+ASKED_FOR = ("sentinel1_ascending",)
+"""Modalities that a file is only where somebody says so: nothing in it tells them from another."""
+
+
 def candidates(names: Sequence[str], text: str) -> tuple[str, ...]:
     """Name the modalities that a file can be, from its band names and the words of its name."""
     hints = hinted(text)
     scores = {}
-    for name in hints or MODALITIES:
+    for name in hints or [name for name in MODALITIES if name not in ASKED_FOR]:
         modality = MODALITIES[name]
         found = sum(m is not None for m in match_bands(names, modality))
         # One matching band among many says little, and "B1" is the name of half of all single bands.
