@@ -428,9 +428,10 @@ def _read(
 
 
 def _needs_zstd(stored: h5py.Dataset) -> bool:
+    if h5py.h5z.filter_avail(ZSTD_FILTER):
+        return False
     plan = stored.id.get_create_plist()
-    used = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
-    return ZSTD_FILTER in used and not h5py.h5z.filter_avail(ZSTD_FILTER)
+    return ZSTD_FILTER in {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
 
 
 def _derive(raw: Mapping[str, Float[Tensor, "*grid c"]], modality: str) -> Float[Tensor, "*grid c"]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,7 @@ from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.anysat_attention import Layout
 from panterra.models.anysat_sensors import NEW_SENSORS, SENSORS, Sensor
 from panterra.models.anysat_statistics import Statistics
-from panterra.models.convert import check_fit
+from panterra.models.convert import check_fit, open_state_dict
 
 ANYSAT_LICENCE = "MIT"
 FORMAT = "panterra-anysat-1"
@@ -143,7 +141,7 @@ def load_anysat(path: Path | str, *, name: str | None = None, layout: Layout = "
         if not found:
             raise InputError(f"{path} has no AnySat.pth; fetch it from huggingface.co/g-astruc/AnySat")
         path = found[0]
-    published = _open(path)
+    published = open_state_dict(path)
     for prefix in ("target_encoder.", "model.encoder."):
         if any(key.startswith(prefix) for key in published):
             published = {k.removeprefix(prefix): v for k, v in published.items() if k.startswith(prefix)}
@@ -155,25 +153,6 @@ def load_anysat(path: Path | str, *, name: str | None = None, layout: Layout = "
     model.load_state_dict(state)
     model.licence = ANYSAT_LICENCE
     return model.eval()
-
-
-def _open(path: Path) -> dict[str, Tensor]:
-    """Open a pickled checkpoint without running anything that is in it."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; fetch AnySat.pth from huggingface.co/g-astruc/AnySat")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds more than tensors, so it was not opened; get the file from its publisher"
-        ) from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise InputError(f"{path} is damaged or cut short ({reason}); fetch it again") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} is not a dictionary of tensors; wanted a state dict")
-    return state
 
 
 def anysat_json(model: AnySat) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -255,3 +258,22 @@ def _first(what: str, names: Iterable[str]) -> list[str]:
         return []
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return [f"{what} {', '.join(names[:2])}{more}"]
+
+
+def open_state_dict(path: Path) -> dict[str, Tensor]:
+    """Open a pickled state dict, bare or in a training checkpoint, without running anything that is in it."""
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}; fetch it from where the weights are published")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds more than tensors, so it was not opened; get the file from its publisher"
+        ) from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise InputError(f"{path} is damaged or cut short ({reason}); fetch it again") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a dictionary of tensors; wanted a state dict")
+    return state

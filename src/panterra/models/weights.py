@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.models.anysat import SIZES as ANYSAT_SIZES
 from panterra.models.anysat import AnySat, Missing, anysat_config
 from panterra.models.anysat_convert import ANYSAT_LICENCE, anysat_from_json, anysat_json, load_anysat
 from panterra.models.anysat_convert import FORMAT as ANYSAT_FORMAT
-from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state
+from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state, open_state_dict
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
 
@@ -243,7 +240,7 @@ def _from_folder(folder: Path, *, name: str | None = None) -> Model:
         raise InputError(f"{folder} has no config.json and no AnySat.pth; wanted a folder with a model's files")
     model = _build(olmoearth_config(config), name)
     model.licence = OLMOEARTH_LICENCE  # the published layout has no other source
-    state = olmoearth_encoder_state(_unpickle(folder / "weights.pth"))
+    state = olmoearth_encoder_state(open_state_dict(folder / "weights.pth"))
     check_fit(model.state_dict(), state, source=str(folder / "weights.pth"))
     model.load_state_dict(state)
     return model
@@ -289,24 +286,6 @@ def _olmoearth_from_json(saved: Mapping[str, Any], *, name: str) -> OlmoEarth:
 def _build(config: OlmoEarthConfig, name: str) -> OlmoEarth:
     with torch.random.fork_rng(devices=[]):
         return OlmoEarth(config, name=name)
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Open a pickled state dict without running anything that is in it."""
-    if not path.is_file():
-        raise InputError(f"{path.parent} has no {path.name}; fetch the whole repository")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds more than tensors, so it was not opened; get the file from its publisher"
-        ) from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise InputError(f"{path} is damaged or cut short ({reason}); fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} is not a dictionary of tensors; wanted a state dict")
-    return state
 
 
 def _plain(value: Any) -> Any:
