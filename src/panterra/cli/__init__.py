@@ -1,0 +1,71 @@
+"""The command line: parse, one call, answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+from panterra import __version__
+from panterra.cli import accuracy, data, demo, doctor, embed, fetch, map, models, pretrain, probe, sample
+from panterra.errors import InputError
+
+app = App(
+    name="panterra",
+    help="From satellite imagery to a checked map with an Earth-observation foundation model.",
+    help_epilogue="Start with: panterra demo. The --help of each command ends in an example.",
+    help_format="plaintext",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
+)
+
+# In the order of --help: what a command does, and an example of its use.
+COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
+    (demo.demo, "panterra demo --scene my-scene --labels plots.gpkg --model olmoearth-v1.2-tiny"),
+    (models.models, "panterra models"),
+    (doctor.doctor, "panterra doctor scene --model olmoearth-v1.2-nano --repair repaired"),
+    (fetch.fetch, "panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a"),
+    (embed.embed, "panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8"),
+    (probe.probe, "panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop"),
+    (map.map, "panterra map scene --probe probe --out map.tif --probabilities"),
+    (sample.sample, "panterra sample map.tif --out points.geojson --users-accuracy water=0.95"),
+    (accuracy.accuracy, "panterra accuracy map.tif --reference points.geojson"),
+    (pretrain.pretrain, "panterra pretrain olmoearth-v1.2-nano --data corpus --out run --set batch=64"),
+)
+for position, (command, example) in enumerate(COMMANDS):
+    app.command(command, sort_key=position, help_epilogue=f"Example: {example}")
+app.command(data.app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for what a person can put right, 130 after Ctrl-C."""
+    # Threads that wait for each other by spinning take several times as long where other programs want the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+    except (CycloptsError, InputError) as error:
+        return _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("panterra"):
+            raise
+        return _fail(f"this command needs {error.name}; install it with: pip install 'panterra[all]'", 2)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "stopped", 130)
+    except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"panterra: {' '.join(message.split())}", file=sys.stderr)
+    return status

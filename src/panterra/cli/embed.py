@@ -1,0 +1,67 @@
+"""`panterra embed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from panterra.cli.options import (
+    Country,
+    Json,
+    ModalityNames,
+    ModelName,
+    OverlapPx,
+    Overwrite,
+    PatchM,
+    RandomSeed,
+    SceneAddress,
+    TilePx,
+    WindowPx,
+)
+
+
+def embed(
+    scene: SceneAddress,
+    /,
+    *,
+    model: ModelName,
+    out: Annotated[Path, Parameter(help="A Zarr store, or a GeoTIFF where the name ends in .tif.")],
+    random: RandomSeed = None,
+    patch_m: PatchM = 40,
+    modalities: ModalityNames | None = None,
+    dtype: Annotated[Literal["float32", "float16", "int8"], Parameter(help="How numbers are stored.")] = "float32",
+    window_px: WindowPx = 64,
+    overlap_px: OverlapPx = 16,
+    tile_px: TilePx | None = None,
+    overwrite: Overwrite = False,
+    country: Country | None = None,
+    as_json: Json = False,
+) -> None:
+    """Embed a scene: one vector per patch. A stopped run goes on where it was."""
+    from panterra.commands.terminal import note, progress_bar, show_json
+    from panterra.mapping import run
+    from panterra.models.weights import load_model
+
+    with progress_bar("embedding") as progress:
+        store = run.embed(
+            scene,
+            load_model(model, random=random),
+            out,
+            patch_m=patch_m,
+            modalities=modalities,
+            window_px=window_px,
+            overlap_px=overlap_px,
+            tile_px=tile_px,
+            dtype=dtype,
+            overwrite=overwrite,
+            country=country,
+            progress=progress,
+            note=note,
+        )
+    rows, cols = store.box.shape
+    if as_json:
+        show_json({"embeddings": str(out), "rows": rows, "cols": cols, "dim": store.dim, "patch_m": patch_m})
+    else:
+        print(f"{out}: {rows} x {cols} patches of {patch_m:g} m, {store.dim} numbers each")

@@ -1,0 +1,58 @@
+"""`panterra map`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from panterra.cli.options import Country, Json, Overwrite, RandomSeed, TilePx
+
+
+def map(
+    source: Annotated[str, Parameter(help="A scene, or embeddings that panterra embed wrote.")],
+    /,
+    *,
+    probe: Annotated[Path, Parameter(help="Folder that panterra probe wrote.")],
+    out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
+    probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
+    model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,
+    random: RandomSeed = None,
+    tile_px: TilePx | None = None,
+    overwrite: Overwrite = False,
+    country: Country | None = None,
+    as_json: Json = False,
+) -> None:
+    """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
+    from panterra.commands.terminal import note, progress_bar, show_json
+    from panterra.mapping import run
+    from panterra.models.weights import load_model
+
+    with progress_bar("mapping") as progress:
+        result = run.map(
+            source,
+            probe,
+            out,
+            model=load_model(model, random=random) if model else None,
+            probabilities=probabilities,
+            tile_px=tile_px,
+            overwrite=overwrite,
+            country=country,
+            progress=progress,
+            note=note,
+        )
+    energy = result.energy
+    if as_json:
+        show_json(
+            {
+                "map": str(result.path),
+                "probabilities": str(result.probabilities) if result.probabilities else None,
+                "passport": str(result.passport),
+                "seconds": result.seconds,
+                "encoder_seconds": result.encoder_seconds,
+                "energy": energy.as_dict(),
+            }
+        )
+        return
+    print(f"{result.path}: {result.seconds:.0f} s, {energy.kwh * 1000:.3g} Wh ({energy.method}); {result.passport}")

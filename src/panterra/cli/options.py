@@ -1,0 +1,22 @@
+"""What several commands take."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Json = Annotated[bool, Parameter(name="--json", show_default=False, help="Print the result as JSON and nothing else.")]
+SceneAddress = Annotated[str, Parameter(help="A scene: a folder with scene.json, or the address of an ItemCollection.")]
+ModelName = Annotated[str, Parameter(name="--model", help="A name (see: panterra models), or a folder.")]
+RandomSeed = Annotated[
+    int | None,
+    Parameter(name="--random", help="Draw the weights from this seed instead of loading them: trials and baselines."),
+]
+ModalityNames = Annotated[list[str], Parameter(consume_multiple=True, help="Which modalities to show the model.")]
+PatchM = Annotated[float, Parameter(help="Side of a patch in metres: the pixel of the result.")]
+WindowPx = Annotated[int, Parameter(help="Side of what the model sees at once, in pixels of the common grid.")]
+OverlapPx = Annotated[int, Parameter(help="How far windows overlap; features are blended there.")]
+TilePx = Annotated[int, Parameter(help="Side of a unit of work: bounds memory; the result does not depend on it.")]
+Overwrite = Annotated[bool, Parameter(show_default=False, help="Replace what is there.")]
+Country = Annotated[str, Parameter(help="ISO 3166 code, such as FRA: turns electricity into CO2 equivalents.")]
+LabelColumn = Annotated[str, Parameter(help="Column with the class or value, where its name does not say it.")]
+BlockM = Annotated[float, Parameter(help="Side of the spatial blocks that keep neighbours in one part.")]
