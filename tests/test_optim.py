@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from panterra.errors import InputError
-from panterra.train.optim import Optimisation, learning_rate, make_optimiser
+from panterra.train.optim import Optimisation, Plateau, Waited, learning_rate, make_optimiser, wait
 
 PUBLISHED = Optimisation(lr=1e-4, weight_decay=0.02, steps=667_200)
 
@@ -62,3 +62,15 @@ def test_a_schedule_that_cannot_be_is_refused(changes):
 def test_the_cosine_is_a_half_one():
     few = replace(PUBLISHED, lr=1.0, steps=9, warmup_steps=1, final_share=0.0)
     assert learning_rate(3, few) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_a_plateau_lowers_the_rate_as_torch_does():
+    figures = [3.0, 2.0, 2.1, 1.99995, 2.0, 1.5, 1.6, 1.6, 1.6, 1.6, 1.6, 1.6, 1.4]
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=2)
+    plateau, waited = Plateau(figure="loss", patience=2), Waited()
+    for figure in figures:
+        theirs.step(figure)
+        waited = wait(waited, figure, plateau)
+        assert waited.share == pytest.approx(optimiser.param_groups[0]["lr"])
+    assert waited == Waited(best=1.4, times=0, share=pytest.approx(0.001))

@@ -19,10 +19,10 @@ from panterra.models.anysat_statistics import Statistics
 from panterra.models.weights import save_model
 from panterra.objectives.jepa import JEPA, JEPAConfig
 from panterra.objectives.jepa_batches import MixedBatches, Samples, Source
-from panterra.objectives.jepa_masks import BlockMasking, Masking, NaiveMasking
+from panterra.objectives.jepa_masks import BlockMasking, NaiveMasking
 from panterra.objectives.teacher import follow, momentum_at
 from panterra.train.loop import Check, Run
-from panterra.train.optim import Optimisation
+from panterra.train.optim import Optimisation, Plateau
 
 TREESATAI_TS = Source(
     name="treesatai_ts",
@@ -85,6 +85,8 @@ class AnySatRecipe:
     warmup_steps: int = 0
     final_share: float = 1.0
     """Of the learning rate, at the end of a cosine; 1 leaves the rate as it is."""
+    patience: int | None = 10
+    """Epochs in a row without a lower validation loss, after which the learning rate falls tenfold; None: never."""
     clip_norm: float | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Published: 16-bit floats, whose exponents are smaller."""
@@ -120,37 +122,40 @@ def run_from(
     samples: Mapping[str, Samples],
     *,
     statistics: Mapping[str, Mapping[str, Statistics]] | None = None,
+    held_out: Mapping[str, Samples] | None = None,
     world: int = 1,
     checks: Sequence[Check] = (),
 ) -> Run:
     """Make the run of a recipe on samples of each of its data sets, for so many ranks.
 
-    `statistics` standardise each data set's samples where these are in declared units. The exported model is the
-    teacher, with the statistics of the last data set that has each sensor. Raises InputError.
+    `statistics` standardise each data set's samples where these are in declared units. After each epoch the losses on
+    `held_out` decide whether the learning rate falls; without these it stays. The exported model is the teacher, with
+    the statistics of the last data set that has each sensor. Raises InputError.
     """
-    sensors = {sensor.name: sensor for sensor in recipe.encoder.sensors}
-    masking: Masking = BlockMasking() if recipe.masking == "blocks" else NaiveMasking()
+    mix = partial(
+        MixedBatches,
+        seed=recipe.data_seed,
+        masking=BlockMasking() if recipe.masking == "blocks" else NaiveMasking(),
+        micro_batch=recipe.micro_batch,
+        modality_dropout=recipe.modality_dropout,
+        date_dropout=recipe.date_dropout,
+        statistics=statistics,
+        sensors={sensor.name: sensor for sensor in recipe.encoder.sensors},
+        published=recipe.published,
+    )
 
     def batches(rank: int, ranks: int) -> MixedBatches:
         if ranks != world:
             raise InputError(f"the run was made for {world} ranks and starts with {ranks}; give world={ranks}")
-        return MixedBatches(
-            recipe.sources,
-            samples,
-            seed=recipe.data_seed,
-            rank=rank,
-            world=world,
-            masking=masking,
-            micro_batch=recipe.micro_batch,
-            epoch_steps=recipe.epoch_steps(world),
-            modality_dropout=recipe.modality_dropout,
-            date_dropout=recipe.date_dropout,
-            statistics=statistics,
-            sensors=sensors,
-            published=recipe.published,
-        )
+        return mix(recipe.sources, samples, rank=rank, world=world, epoch_steps=recipe.epoch_steps(world))
 
-    steps = recipe.steps or recipe.epochs * len(batches(0, world))
+    epoch = len(batches(0, world))
+    steps = recipe.steps or recipe.epochs * epoch
+    plateau = None
+    if held_out is not None:
+        checks = (*checks, validation(mix(recipe.sources, held_out), every=epoch))
+        if recipe.patience is not None:
+            plateau = Plateau(figure="validation/loss", patience=recipe.patience)
 
     def follow_student(objective: nn.Module, step: int) -> None:
         momentum = momentum_at(step, steps, start=recipe.momentum_start, end=recipe.momentum_end)
@@ -176,6 +181,7 @@ def run_from(
             warmup_steps=recipe.warmup_steps,
             final_share=recipe.final_share,
             clip_norm=recipe.clip_norm,
+            plateau=plateau,
         ),
         init_seed=recipe.init_seed,
         before_update=follow_student,
@@ -208,8 +214,7 @@ def geoplex(size: str = "base") -> AnySatRecipe:
     Published: all values; base is what was released, small and tiny are the sizes of the training configurations. Each
     step takes one data set, drawn by weight, and one scale. An epoch has 17,952 steps on one device; the smaller sets
     are seen about once in it and the rest is S2NAIP-URBAN. Published hardware: one GPU in the last revision, three in
-    an earlier one, with 16-bit mixed precision. Not reproduced: the learning rate falls tenfold where the validation
-    loss has not fallen for ten epochs; here it is constant.
+    an earlier one, with 16-bit mixed precision.
     """
     suffix = "" if size == "base" else f"-{size}"
     return AnySatRecipe(

@@ -25,7 +25,7 @@ from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError
 from panterra.train import checkpoint
 from panterra.train.logs import Progress, open_logs, progress_bar
-from panterra.train.optim import Optimisation, learning_rate, make_optimiser
+from panterra.train.optim import Optimisation, Waited, learning_rate, make_optimiser, wait
 from panterra.train.parallel import (
     Ranks,
     compile_blocks,
@@ -160,13 +160,19 @@ class State:
     co2e_kg: float | None = None
     energy: str = ""
     """How it was found, in words."""
+    waited: Waited = field(default_factory=Waited)
     stopped: bool = False
     """Whether a signal reached any rank."""
 
     def facts(self) -> dict[str, Any]:
         """Return what is kept beside the tensors."""
         names = ("step", "loss", "samples", "seconds", "kwh", "co2e_kg", "energy")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "waited": asdict(self.waited)}
+
+    def go_on_from(self, facts: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint kept."""
+        for name in facts.keys() & self.facts():
+            setattr(self, name, Waited(**facts[name]) if name == "waited" else facts[name])
 
     def charge(self, report: EnergyReport) -> None:
         """Add the energy of a stretch; work that a kill undid is not counted."""
@@ -278,7 +284,7 @@ def update(run: Run, state: State, batches: Iterator[Sequence[Micro]], out: Path
         refuse(run, state, out, losses=values[:-1].tolist(), norm=norms / ranks.world, terms=terms)
     if run.before_update is not None:
         run.before_update(state.objective, state.step)
-    group["lr"] = learning_rate(state.step + 1, run.optimisation)
+    group["lr"] = learning_rate(state.step + 1, run.optimisation) * state.waited.share
     state.optimiser.step()
     state.step, state.samples, state.stopped = state.step + 1, state.samples + int(samples), bool(stopped)
     state.loss = mean / ranks.world
@@ -344,6 +350,9 @@ def check(run: Run, state: State) -> dict[str, float]:
     objective = whole(state.objective, state.ranks, run.objective).eval()
     found = {f"{c.name}/{key}": float(value) for c in due for key, value in c.run(objective, state.step).items()}
     state.objective.train()
+    plateau = run.optimisation.plateau
+    if plateau is not None and plateau.figure in found:
+        state.waited = wait(state.waited, found[plateau.figure], plateau)
     return found
 
 
@@ -366,8 +375,7 @@ def begin(run: Run, out: Path, options: Options, ranks: Ranks, signals: Signals)
     optimiser = make_optimiser(model, run.optimisation)
     state = State(ranks=ranks, objective=objective, model=model, optimiser=optimiser, signals=signals)
     if found is not None:
-        for name in (facts := checkpoint.load(found, objective, optimiser)).keys() & state.facts():
-            setattr(state, name, facts[name])
+        state.go_on_from(checkpoint.load(found, objective, optimiser))
     return state
 
 
@@ -478,7 +486,7 @@ def finish(run: Run, state: State, out: Path) -> TrainResult:
         objective = whole(state.objective, state.ranks, run.objective)
         if state.ranks.first:
             write_model(run.export, objective, model)
-    facts = {name: value for name, value in state.facts().items() if name != "energy"}
+    facts = {name: value for name, value in state.facts().items() if name not in ("energy", "waited")}
     result = TrainResult(folder=out, finished=finished, model=model, **facts)
     if state.ranks.first:
         checkpoint.write_json(out / "result.json", {**plain(result), "energy": state.energy})

@@ -131,8 +131,9 @@ def distribute(objective: nn.Module, ranks: Ranks) -> nn.Module:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        scalars = {weight for weight in objective.parameters() if not weight.ndim}  # which nothing can shard
         for part in (*blocks(objective), model):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh, ignored_params=scalars)
             for method in BLOCK_METHODS:
                 if hasattr(part, method):
                     register_fsdp_forward_method(part, method)
