@@ -146,7 +146,9 @@ def test_a_dry_run_measures_this_machine(corpora, capsys):
 
 def test_the_list_names_every_run_and_every_ablation(capsys):
     listed = list_recipes()
-    assert [run["name"] for run in listed["runs"]] == [name for name in RECIPES if name not in ABLATED]
+    assert [run["name"] for run in listed["runs"]] == [
+        name for name in RECIPES if name not in ABLATED and name.startswith("olmoearth-")
+    ]
     found = {f"-{row['name']}": row for row in listed["ablations"]}
     assert all(any(name.endswith(ending) for ending in found) for name in ABLATED)
     assert found["-no-contrast"]["about"].startswith("Without the contrast")

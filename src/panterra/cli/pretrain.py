@@ -17,8 +17,11 @@ def pretrain(
     /,
     *,
     data: Annotated[
-        list[Path] | None,
-        Parameter(consume_multiple=True, help="Corpora: folders with sample_metadata.csv and sample_*.h5."),
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            help="Corpora: folders with sample_metadata.csv and sample_*.h5. For AnySat NAME=FOLDER of each data set.",
+        ),
     ] = None,
     out: Annotated[Path | None, Parameter(help="Folder of the run; one that is there goes on.")] = None,
     changes: Annotated[

@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
+from panterra.commands.pretrain_anysat import (
+    dry_run_anysat,
+    export_anysat,
+    list_anysat,
+    run_anysat,
+    show_anysat_plan,
+)
 from panterra.commands.terminal import show_table
 from panterra.data.olmoearth_h5 import open_corpus
 from panterra.errors import InputError
 from panterra.recipes import ABLATED, ABLATIONS, RECIPES, recipe
+from panterra.recipes.anysat import AnySatRecipe
+from panterra.recipes.anysat_plan import AnySatPlan
 from panterra.recipes.checks import read_labelled
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 from panterra.recipes.overrides import check, override
@@ -33,7 +42,7 @@ from panterra.recipes.run import make_run, write_card
 from panterra.train.loop import Options, TrainResult, export, train
 
 
-def configured(name: str, changes: Sequence[str], *, precision: str | None = None) -> OlmoEarthRecipe:
+def configured(name: str, changes: Sequence[str], *, precision: str | None = None) -> OlmoEarthRecipe | AnySatRecipe:
     """Give a recipe with a person's changes, checked."""
     changed = override(recipe(name), [*changes, *([f"precision={precision}"] if precision else [])])
     check(changed)
@@ -41,8 +50,8 @@ def configured(name: str, changes: Sequence[str], *, precision: str | None = Non
 
 
 def run_pretrain(
-    settings: OlmoEarthRecipe,
-    data: Sequence[Path],
+    settings: OlmoEarthRecipe | AnySatRecipe,
+    data: Sequence[str | Path],
     out: Path,
     *,
     labelled: Path | None = None,
@@ -50,6 +59,10 @@ def run_pretrain(
     options: Options,
 ) -> TrainResult:
     """Train, going on from where an earlier start of the same run was; at the end, export the model and its card."""
+    if isinstance(settings, AnySatRecipe):
+        if labelled is not None:
+            raise InputError("nearest neighbours on the way are for OlmoEarth's runs; leave out --labelled")
+        return run_anysat(settings, [str(path) for path in data], out, options)
     if not data:
         raise InputError(f"{settings.name} needs a corpus; give its folder with --data, or count with --dry-run")
     corpora = [open_corpus(folder) for folder in data]
@@ -67,9 +80,16 @@ def run_pretrain(
 
 
 def export_checkpoint(
-    settings: OlmoEarthRecipe, data: Sequence[Path], out: Path, folder: Path, *, step: int | None = None
+    settings: OlmoEarthRecipe | AnySatRecipe,
+    data: Sequence[str | Path],
+    out: Path,
+    folder: Path,
+    *,
+    step: int | None = None,
 ) -> Path:
     """Write the model of a run's newest checkpoint, or of that after `step`, to a folder."""
+    if isinstance(settings, AnySatRecipe):
+        return export_anysat(settings, [str(path) for path in data], out, folder, step=step)
     return export(make_run(settings, [open_corpus(path) for path in data], check_every=0), out, folder, step=step)
 
 
@@ -79,8 +99,8 @@ def is_first_rank() -> bool:
 
 
 def dry_run(
-    settings: OlmoEarthRecipe,
-    data: Sequence[Path],
+    settings: OlmoEarthRecipe | AnySatRecipe,
+    data: Sequence[str | Path],
     *,
     ranks: int = 1,
     sharded: bool = False,
@@ -88,12 +108,14 @@ def dry_run(
     tflops: float | None = None,
     watts: float | None = None,
     country: str | None = None,
-) -> Plan:
-    """Count a run; without corpora, one over the published corpus.
+) -> Plan | AnySatPlan:
+    """Count a run; without corpora, one over the published corpus or data sets.
 
     `tflops` and `watts` are those of one rank. Without `tflops` this machine is measured; what it draws is only known
     for itself, so that a given speed without given watts leaves the energy open.
     """
+    if isinstance(settings, AnySatRecipe):
+        return dry_run_anysat(settings, [str(path) for path in data], ranks=ranks)
     corpora = [open_corpus(folder) for folder in data]
     facts = facts_of(corpora, settings) if corpora else published_facts(settings)
     if device == "auto":
@@ -113,11 +135,11 @@ def list_recipes() -> dict[str, list[dict[str, Any]]]:
         {
             "name": name,
             "about": _first_line(make),
-            "parameters": count_parameters(make()),
-            "recipe": asdict(make()),
+            "parameters": count_parameters(made),
+            "recipe": asdict(made),
         }
         for name, make in RECIPES.items()
-        if name not in ABLATED
+        if name not in ABLATED and isinstance(made := make(), OlmoEarthRecipe)
     ]
     ablations = [
         {
@@ -127,7 +149,7 @@ def list_recipes() -> dict[str, list[dict[str, Any]]]:
         }
         for ablation, change in ABLATIONS.items()
     ]
-    return {"runs": runs, "ablations": ablations}
+    return {"runs": runs, "ablations": ablations, "anysat": list_anysat()}
 
 
 def _first_line(function: Callable[..., object]) -> str:
@@ -150,10 +172,26 @@ def show_recipes(listed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         ["ablation", "goes with", "what differs"],
         [(row["name"], ", ".join(row["releases"]), row["about"]) for row in listed["ablations"]],
     )
+    print("\nAnySat, which takes --data NAME=FOLDER for each data set; also with a variant behind the name:\n")
+    show_table(
+        ["name", "width x depth", "data sets", "variants"],
+        [
+            (
+                row["name"],
+                f"{row['recipe']['encoder']['dim']} x {row['recipe']['encoder']['depth']}",
+                row["about"],
+                ", ".join(row["variants"]),
+            )
+            for row in listed["anysat"]
+        ],
+    )
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan | AnySatPlan) -> None:
     """Print a run as it would be."""
+    if isinstance(plan, AnySatPlan):
+        show_anysat_plan(plan)
+        return
     settings, facts = plan.recipe, plan.facts
     encoder, predictor = settings.encoder, settings.objective.predictor
     print(f"{settings.name}\n")

@@ -42,8 +42,9 @@ def parse_folders(recipe: AnySatRecipe, given: Sequence[str]) -> dict[str, Path]
 
 
 def open_sets(folders: Mapping[str, Path], split: str) -> dict[str, LabelledSet]:
-    """Open a split of each data set."""
-    return {name: open_labelled(name, folder, split) for name, folder in folders.items()}
+    """Open a split of each data set; to train on, all folds of PASTIS-HD, as published."""
+    options = {"pastis_hd": {"folds": (1, 2, 3, 4, 5)}} if split == "train" else {}
+    return {name: open_labelled(name, folder, split, **options.get(name, {})) for name, folder in folders.items()}
 
 
 def kept_statistics(

@@ -17,8 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.normalize import olmoearth_range
+from panterra.objectives.jepa_batches import Source
 from panterra.objectives.losses import LOSSES, Pair, token_loss
 from panterra.objectives.masking import STRATEGIES, make_masks
+from panterra.recipes.anysat import AnySatRecipe
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 
 _Settings = TypeVar("_Settings")
@@ -29,7 +31,7 @@ _NOT_OPTIONS = ("generator", "across_ranks", "base")
 _TUPLES = {Collection[str]: tuple[str, ...], Collection[str] | None: tuple[str, ...] | None}
 
 
-def override(recipe: OlmoEarthRecipe, changes: Sequence[str]) -> OlmoEarthRecipe:
+def override(recipe: _Settings, changes: Sequence[str]) -> _Settings:
     """Apply changes such as `lr=1e-4`, `loss.tau=0.2`, `patch_px=1,2,4` or `steps=null`, in their order.
 
     Values are JSON, or plain text; a tuple is a JSON list or its members between commas. Raises InputError.
@@ -42,8 +44,11 @@ def override(recipe: OlmoEarthRecipe, changes: Sequence[str]) -> OlmoEarthRecipe
     return recipe
 
 
-def check(recipe: OlmoEarthRecipe) -> None:
+def check(recipe: OlmoEarthRecipe | AnySatRecipe) -> None:
     """Refuse settings that a run would stumble over later. Raises InputError."""
+    if isinstance(recipe, AnySatRecipe):
+        _check_anysat(recipe)
+        return
     for m in recipe.modalities:
         if m not in MODALITIES:
             raise InputError(f"no modality {m!r}; known: {', '.join(sorted(MODALITIES))}")
@@ -65,6 +70,24 @@ def check(recipe: OlmoEarthRecipe) -> None:
     _try(recipe)
 
 
+def _check_anysat(recipe: AnySatRecipe) -> None:
+    for name, dim, heads in (
+        ("encoder", recipe.encoder.dim, recipe.encoder.heads),
+        ("predictor", recipe.encoder.dim, recipe.predictor_heads),
+    ):
+        if dim % 32 or dim % heads:
+            raise InputError(
+                f"a width of {dim} with {heads} heads in the {name}; take a multiple of 32 and of the heads"
+            )
+    for key in ("modality_dropout", "date_dropout"):
+        if not 0 <= getattr(recipe, key) < 1:
+            raise InputError(f"{key} is {getattr(recipe, key)}; it is a share of what is there, from 0 to below 1")
+    for key in ("epochs", "steps", "micro_batch", "patience", "predictor_depth"):
+        value = getattr(recipe, key)
+        if value is not None and value < 1:
+            raise InputError(f"{key} is {value}; wanted 1 at least")
+
+
 def _replaced(settings: _Settings, path: Sequence[str], value: str, key: str) -> _Settings:
     known = [f.name for f in fields(settings)]  # type: ignore[arg-type]
     name, *rest = path
@@ -77,11 +100,21 @@ def _replaced(settings: _Settings, path: Sequence[str], value: str, key: str) ->
             raise InputError(f"{key} is set by its parts: {parts}")
         hint = get_type_hints(type(settings))[name]
         return replace(settings, **{name: _parse(value, hint, key)})  # type: ignore[type-var]
+    if isinstance(held, tuple) and held and isinstance(held[0], Source):
+        return replace(settings, **{name: _source_replaced(held, rest, value, key)})  # type: ignore[type-var]
     if is_dataclass(held):
         return replace(settings, **{name: _replaced(held, rest, value, key)})  # type: ignore[type-var]
     if not isinstance(held, Mapping) or len(rest) > 1:
         raise InputError(f"{key} has nothing to set inside {name}; write {name}=value")
     return replace(settings, **{name: {**held, rest[0]: _option(name, held, rest[0], value, key)}})  # type: ignore[type-var]
+
+
+def _source_replaced(sources: Sequence[Source], path: Sequence[str], value: str, key: str) -> tuple[Source, ...]:
+    names = [source.name for source in sources]
+    if path[0] not in names or len(path) < 2:
+        parts = ", ".join(f.name for f in fields(Source) if f.name != "name")
+        raise InputError(f"{key} sets nothing; write sources.NAME.PART=value with {', '.join(names)} and {parts}")
+    return tuple(_replaced(s, path[1:], value, key) if s.name == path[0] else s for s in sources)
 
 
 def _option(setting: str, held: Mapping[str, Any], name: str, value: str, key: str) -> Any:
