@@ -359,12 +359,12 @@ def metrics(path: Path) -> None:
 
 CHECKS: dict[str, Callable[[Path], None]] = {
     "pretrain_step": pretrain_step,
-    "module_predictor_d64": predictor,
+    "module_predictor": predictor,
     "losses": losses,
     "mask_collator": blocks,
     "mask_collator_naive": naive_masks,
     "statistics": real_batches,
     "ema": moving_average,
-    "heads_a": heads,
+    "heads": heads,
     "metrics": metrics,
 }
