@@ -88,7 +88,7 @@ def treesatai_ts(root: Path):
     return {"name": name, "aerial": aerial, **series}
 
 
-def pastis_hd(root: Path):
+def pastis_hd(root: Path, side=8):
     features, truth = [], {}
     for fold in range(1, 6):
         id = 10000 + fold
@@ -103,11 +103,11 @@ def pastis_hd(root: Path):
             }
         )
         part = {
-            "S2": numbers(fold, 3, 10, 8, 8, dtype="int16"),
-            "S1A": decibels(fold, 3, 3, 8, 8),
-            "S1D": decibels(fold + 50, 3, 3, 8, 8),
+            "S2": numbers(fold, 3, 10, side, side, dtype="int16"),
+            "S1A": decibels(fold, 3, 3, side, side),
+            "S1D": decibels(fold + 50, 3, 3, side, side),
             "SPOT": numbers(fold, 3, 80, 80, high=255, dtype="uint8"),
-            "TARGET": numbers(fold, 3, 8, 8, low=0, high=20, dtype="uint8"),
+            "TARGET": numbers(fold, 3, side, side, low=0, high=20, dtype="uint8"),
         }
         part["S2"][1, :, 2, 3] = -10000
         part["TARGET"][0, 0, :2] = (0, 19)
@@ -290,7 +290,7 @@ def timesen2crop(root: Path):
     return truth
 
 
-def sen1floods11(root: Path):
+def sen1floods11(root: Path, side=16):
     base = root / "v1.1"
     splits = {"train": "Ghana_1", "valid": "India_2", "test": "Spain_3", "bolivia": "Bolivia_4"}
     floods = [
@@ -310,9 +310,9 @@ def sen1floods11(root: Path):
         listing = base / f"splits/flood_handlabeled/flood_{split}_data.csv"
         write_text(listing, f"{chip}_S1Hand.tif,{chip}_LabelHand.tif\n")
         part = {
-            "S1": decibels(number, 2, 16, 16),
-            "S2": numbers(number, 13, 16, 16, dtype="int16"),
-            "Label": numbers(number, 1, 16, 16, low=-1, high=2, dtype="int16"),
+            "S1": decibels(number, 2, side, side),
+            "S2": numbers(number, 13, side, side, dtype="int16"),
+            "Label": numbers(number, 1, side, side, low=-1, high=2, dtype="int16"),
         }
         part["S1"][1, 3, 3] = np.nan
         part["S2"][:, 4, 4] = 0

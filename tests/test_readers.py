@@ -11,6 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 
 import miniatures
+import miniatures_benchmarks
 import parity_anysat_readers
 from panterra.data import hls_burn_scars, spacenet7
 from panterra.data.labelled import DATASETS, IGNORE, UNDATED, open_labelled
@@ -26,7 +27,7 @@ GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "anysat"
 def made(tmp_path_factory):
     """Every miniature, written once: its folder and what is in it."""
     folders = {name: tmp_path_factory.mktemp(name) for name in DATASETS}
-    return {name: (folder, miniatures.BUILDERS[name](folder)) for name, folder in folders.items()}
+    return {name: (folder, miniatures_benchmarks.BUILDERS[name](folder)) for name, folder in folders.items()}
 
 
 def bands(observation, modality, *names):
@@ -40,7 +41,7 @@ def days(*dates):
 
 
 def test_every_data_set_has_a_miniature():
-    assert DATASETS.keys() == miniatures.BUILDERS.keys()
+    assert DATASETS.keys() == miniatures_benchmarks.BUILDERS.keys()
 
 
 @pytest.mark.parametrize("name", DATASETS)

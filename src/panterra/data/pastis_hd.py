@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from panterra.data.labelled import DATASETS, IGNORE, UNDATED, LabelledSample, LabelledSet, check_split
+from panterra.data.labelled import DATASETS, IGNORE, UNDATED, DatasetCard, LabelledSample, LabelledSet, check_split
 from panterra.data.stored_pixels import S2_BANDS, load_json, load_npy, observe, parse_day, read_image, to_lonlat
 from panterra.errors import InputError
 from panterra.sample import Batch
@@ -31,12 +31,14 @@ def open_pastis_hd(
     folds: Sequence[int] | None = None,
     task: Literal["segmentation", "multilabel"] = "segmentation",
     orbit: Literal["ascending", "descending", "both"] = "ascending",
+    spot: bool = True,
+    card: DatasetCard = CARD,
 ) -> LabelledSet:
     """Open a split, or the `folds` given in its place.
 
-    "multilabel" asks which of the 18 crops occur in a patch.
+    "multilabel" asks which of the 18 crops occur in a patch. PASTIS-R is the same without `spot`.
     """
-    check_split(CARD, split)
+    check_split(card, split)
     if task not in ("segmentation", "multilabel") or orbit not in _ORBITS:
         raise InputError(
             f"task is {task!r} and orbit {orbit!r}; wanted segmentation or multilabel, and one of {', '.join(_ORBITS)}"
@@ -51,13 +53,13 @@ def open_pastis_hd(
         if int(feature["properties"]["Fold"]) in chosen
     }
     return LabelledSet(
-        card=CARD,
+        card=card,
         split=split,
         task=task,
-        class_names=CARD.class_names if task == "segmentation" else CARD.class_names[1:],
+        class_names=card.class_names if task == "segmentation" else card.class_names[1:],
         ids=tuple(patches),
-        read=partial(_read, root, patches, crs, task, _ORBITS[orbit]),
-        files=partial(_files, root, _ORBITS[orbit]),
+        read=partial(_read, root, patches, crs, task, _ORBITS[orbit], spot),
+        files=partial(_files, root, _ORBITS[orbit], spot),
     )
 
 
@@ -69,21 +71,20 @@ def _path(root: Path, kind: str, patch: str) -> Path:
     return root / f"DATA_{kind}" / f"{kind}_{patch}.npy"
 
 
-def _files(root: Path, orbits: Sequence[str], patch: str) -> tuple[Path, ...]:
-    return tuple(_path(root, kind, patch) for kind in ("SPOT", "S2", *orbits, "TARGET"))
+def _files(root: Path, orbits: Sequence[str], spot: bool, patch: str) -> tuple[Path, ...]:
+    kinds = ("SPOT", "S2", *orbits, "TARGET")
+    return tuple(_path(root, kind, patch) for kind in kinds if spot or kind != "SPOT")
 
 
 def _read(
-    root: Path, patches: Mapping[str, Any], crs: str, task: str, orbits: Sequence[str], patch: str
+    root: Path, patches: Mapping[str, Any], crs: str, task: str, orbits: Sequence[str], spot: bool, patch: str
 ) -> LabelledSample:
     feature = patches[patch]
     optical = load_npy(_path(root, "S2", patch))
     radar = [load_npy(_path(root, kind, patch))[:, :2] for kind in orbits]  # the third channel is their ratio
     radar_days = [day for kind in orbits for day in _days(feature, kind)]
-    spot = read_image(_path(root, "SPOT", patch))
     codes = load_npy(_path(root, "TARGET", patch))[0].astype(np.int64)
     observations = {
-        "spot": observe("spot", spot.pixels[None], [UNDATED], bands=("R", "G", "B")),
         "sentinel2_l2a": observe(
             "sentinel2_l2a",
             optical,
@@ -93,6 +94,9 @@ def _read(
         ),
         "sentinel1": observe("sentinel1", np.concatenate(radar), radar_days, bands=("vv", "vh")),
     }
+    if spot:
+        image = read_image(_path(root, "SPOT", patch))
+        observations["spot"] = observe("spot", image.pixels[None], [UNDATED], bands=("R", "G", "B"))
     target = torch.from_numpy(np.where(codes == VOID, IGNORE, codes))[None]
     if task == "multilabel":
         target = torch.tensor([[float((codes == code).any()) for code in range(1, VOID)]])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from panterra.data.labelled import DATASETS, UNDATED, LabelledSample, LabelledSet, check_split
+from panterra.data.labelled import DATASETS, UNDATED, DatasetCard, LabelledSample, LabelledSet, check_split
 from panterra.data.stored_pixels import load_json, observe, parse_day, read_image
 from panterra.errors import InputError
 from panterra.sample import Batch
@@ -20,9 +20,9 @@ CARD = DATASETS["sen1floods11"]
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
 
 
-def open_sen1floods11(root: str | Path, split: str) -> LabelledSet:
-    """Open a split of the hand-labelled chips."""
-    check_split(CARD, split)
+def open_sen1floods11(root: str | Path, split: str, *, optical: bool = True, card: DatasetCard = CARD) -> LabelledSet:
+    """Open a split of the hand-labelled chips, without Sentinel-2 where it is not wanted."""
+    check_split(card, split)
     base = Path(root) / "v1.1"
     listing = base / "splits" / "flood_handlabeled" / f"flood_{split}_data.csv"
     if not listing.is_file():
@@ -37,36 +37,31 @@ def open_sen1floods11(root: str | Path, split: str) -> LabelledSet:
         if known[flood["location"]] == 1
     }
     return LabelledSet(
-        card=CARD,
+        card=card,
         split=split,
-        task=CARD.task,
-        class_names=CARD.class_names,
+        task=card.task,
+        class_names=card.class_names,
         ids=tuple(chips),
-        read=partial(_read, base, split, chips, days),
-        files=partial(_files, base, chips),
+        read=partial(_read, base, split, chips, days, optical),
+        files=partial(_files, base, chips, optical),
     )
 
 
-def _files(base: Path, chips: Mapping[str, str], id: str) -> tuple[Path, Path, Path]:
+def _files(base: Path, chips: Mapping[str, str], optical: bool, id: str) -> tuple[Path, ...]:
     folder = base / "data" / "flood_events" / "HandLabeled"
-    return folder / "S1Hand" / id, folder / "S2Hand" / id.replace("S1Hand", "S2Hand"), folder / "LabelHand" / chips[id]
+    images = [folder / "S1Hand" / id] + [folder / "S2Hand" / id.replace("S1Hand", "S2Hand")] * optical
+    return *images, folder / "LabelHand" / chips[id]
 
 
 def _read(
-    base: Path, split: str, chips: Mapping[str, str], days: Mapping[str, tuple[int, int]], id: str
+    base: Path, split: str, chips: Mapping[str, str], days: Mapping[str, tuple[int, int]], optical: bool, id: str
 ) -> LabelledSample:
-    radar, optical, label = (read_image(path) for path in _files(base, chips, id))
+    radar, *seen, label = (read_image(path) for path in _files(base, chips, optical, id))
     s1_day, s2_day = days.get(id.split("_")[0], (UNDATED, UNDATED))
-    observations = {
-        "sentinel2": observe(
-            "sentinel2",
-            optical.pixels[None],
-            [s2_day],
-            bands=BANDS,
-            valid=(optical.pixels[None] != 0).any(axis=1),
-        ),
-        "sentinel1": observe("sentinel1", radar.pixels[None], [s1_day], bands=("vv", "vh")),
-    }
+    observations = {"sentinel1": observe("sentinel1", radar.pixels[None], [s1_day], bands=("vv", "vh"))}
+    for image in seen:
+        pixels = image.pixels[None]
+        observations["sentinel2"] = observe("sentinel2", pixels, [s2_day], bands=BANDS, valid=(pixels != 0).any(axis=1))
     return LabelledSample(
         id=id,
         batch=Batch(observations=observations, lonlat=radar.lonlat),

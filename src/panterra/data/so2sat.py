@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import h5py
 import torch
 
 from panterra.data.labelled import DATASETS, UNDATED, LabelledSample, LabelledSet, check_split
-from panterra.data.stored_pixels import S2_BANDS, observe
-from panterra.errors import InputError
+from panterra.data.stored_pixels import S2_BANDS, observe, open_hdf5
 from panterra.sample import Batch
 
 CARD = DATASETS["so2sat"]
@@ -22,7 +20,7 @@ def open_so2sat(root: str | Path, split: str) -> LabelledSet:
     """Open a split, which is one file."""
     check_split(CARD, split)
     path = Path(root) / f"{split}.h5"
-    with _open(path) as file:
+    with open_hdf5(path) as file:
         count = len(file["label"])
     return LabelledSet(
         card=CARD,
@@ -39,16 +37,9 @@ def _files(path: Path, _: str) -> tuple[Path]:
     return (path,)
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"cannot read {path} as HDF5 ({error}); download it again") from None
-
-
 def _read(path: Path, split: str, id: str) -> LabelledSample:
     number = int(id.split("/")[1])
-    with _open(path) as file:
+    with open_hdf5(path) as file:
         radar, optical, one_hot = (file[key][number] for key in ("sen1", "sen2", "label"))
     observations = {
         "sentinel2": observe(

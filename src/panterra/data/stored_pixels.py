@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import rasterio
@@ -149,6 +150,14 @@ def column(rows: Iterable[Mapping[str, str]], name: str, path: Path) -> list[str
 def load_npy(path: Path) -> Array:
     """Read a NumPy array."""
     return np.asarray(np.load(_present(path), allow_pickle=False))
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open an HDF5 file to read."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"cannot read {path} as HDF5 ({error}); download it again") from None
 
 
 def _present(path: Path) -> Path:

@@ -54,8 +54,13 @@ def _reason(error: Exception) -> str:
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
+def missing_layout(card: DatasetCard, root: Path) -> list[str]:
+    """List the files and folders that a download lacks."""
+    return [pattern for pattern in card.layout if next(root.glob(pattern), None) is None]
+
+
 def _layout(card: DatasetCard, root: Path) -> Iterator[Finding]:
-    missing = [pattern for pattern in card.layout if next(root.glob(pattern), None) is None]
+    missing = missing_layout(card, root)
     for pattern in missing:
         yield Finding(level="error", what=f"{pattern} is missing; {card.title} has it at the top of its folder")
     if not missing:
