@@ -31,6 +31,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/mapping.py
+	$(BIN)/python benchmarks/search.py --millions 1
 
 docs: setup
 	$(BIN)/zensical build --clean

@@ -130,6 +130,7 @@ def encoded(data: Data, work: Path, model: str, seed: int | None, window_px: int
         progress=count,
     )
     cpu_seconds, peak_mb = time.process_time() - began, (status("VmHWM") - before) / 1024
+    assert isinstance(encoder, torch.nn.Module)
     told = json.loads(store.passport.read_text())["properties"]
     return {
         "data": data.name,

@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,14 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real samples are absent: no folder {folder}; set PANTERRA_DATA to it")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the jobs of the tests out of the user's ledger, and the user's place out of the tests."""
+    folder = tmp_path_factory.mktemp("ledger")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("COUNTRY", "GRAMS_PER_KWH", "PUE", "WUE", "MACHINE_KG_PER_HOUR"):
+            patch.delenv(f"PANTERRA_{name}", raising=False)
+        patch.setenv("PANTERRA_LEDGER", str(folder))
+        yield folder

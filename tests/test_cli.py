@@ -14,7 +14,27 @@ import rasterio
 from panterra.cli import app, main
 from panterra.planet import write_planet_scene
 
-COMMANDS = ("demo", "models", "doctor", "fetch", "embed", "probe", "map", "sample", "accuracy", "pretrain", "data")
+COMMANDS = (
+    "demo",
+    "models",
+    "doctor",
+    "fetch",
+    "plan",
+    "embed",
+    "search",
+    "chips",
+    "change",
+    "probe",
+    "finetune",
+    "map",
+    "sample",
+    "accuracy",
+    "evaluate",
+    "report",
+    "export",
+    "pretrain",
+    "data",
+)
 RANDOM = ("--model", "olmoearth-v1.2-nano", "--random", "0")
 
 

@@ -1,9 +1,12 @@
+import json
 import os
 import time
 
 import pytest
 
-from panterra.energy import CORE_W, GRID_G_PER_KWH, _Rapl, measure_energy
+from panterra.energy import CORE_W, GRID_G_PER_KWH, EnergyReport, measure_energy
+from panterra.energy.grid import local_grid
+from panterra.energy.meter import CORE_W_RANGE, _Rapl
 from panterra.errors import InputError
 
 
@@ -43,9 +46,9 @@ def test_the_callers_intensity_wins():
     assert meter.report.co2e_kg == pytest.approx(meter.report.kwh)
 
 
-def test_an_unknown_country_says_which_are_known():
+def test_an_unknown_country_says_what_is_wanted():
     with (
-        pytest.raises(InputError, match=r"country 'XXX' \(known: ARG, .*give grams_per_kwh"),
+        pytest.raises(InputError, match=r"country 'XXX'; wanted one of 2.. ISO 3166 codes such as FRA"),
         measure_energy(country="XXX"),
     ):
         pass
@@ -67,8 +70,45 @@ def test_counters_are_added_up_once_and_may_wrap(tmp_path):
     write_zone(tmp_path, "intel-rapl:0:0", "core", 500_000)
     write_zone(tmp_path, "intel-rapl:0:1", "dram", 150_000)
     write_zone(tmp_path, "intel-rapl:1", "psys", 800_000)
-    assert counters.stop() == pytest.approx(0.2 + 0.05)
+    assert counters.joules() == pytest.approx(0.2 + 0.05)
+    write_zone(tmp_path, "intel-rapl:0", "package-0", 300_000)
+    assert counters.joules() == pytest.approx(0.2 + 0.05 + 0.2)
+    counters.stop()
 
 
 def test_without_counters_nothing_is_measured(tmp_path):
-    assert _Rapl(tmp_path).stop() is None
+    assert _Rapl(tmp_path).joules() is None
+
+
+def test_modelled_energy_has_a_range():
+    with measure_energy() as meter:
+        early = meter.so_far()
+        sum(range(10**6))
+    report = meter.report
+    assert early.kwh <= report.kwh
+    assert early.seconds < report.seconds
+    if report.method == "modelled":
+        low, high = report.kwh_range
+        assert low <= report.kwh <= high
+        watts = [(end - low) * 3.6e6 / report.core_seconds for end in (report.kwh, high) if report.core_seconds]
+        assert watts == pytest.approx([w - CORE_W_RANGE[0] for w in (CORE_W, CORE_W_RANGE[1])][: len(watts)])
+
+
+def test_stretches_of_a_job_add_up_and_survive_json():
+    first = EnergyReport(kwh=1.0, seconds=10, method="measured", detail="", gpus=1, peak_memory_gb=2)
+    second = EnergyReport(
+        kwh=2.0,
+        seconds=5,
+        method="modelled",
+        detail="",
+        kwh_range=(1.0, 4.0),
+        core_seconds=3,
+        grid=local_grid("FRA"),
+        country="FRA",
+        co2e_kg=2 * 0.056,
+    )
+    both = first + EnergyReport.of(json.loads(json.dumps(second.as_dict())))
+    assert (both.kwh, both.seconds, both.method, both.kwh_range) == (3.0, 15, "modelled", (2.0, 5.0))
+    assert (both.core_seconds, both.gpus, both.peak_memory_gb) == (3, 1, 2)
+    assert both.co2e_kg == pytest.approx(3 * 0.056)
+    assert EnergyReport.of(json.loads(json.dumps(both.as_dict()))) == both

@@ -9,7 +9,27 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from panterra import __version__
-from panterra.cli import accuracy, data, demo, doctor, embed, fetch, map, models, pretrain, probe, sample
+from panterra.cli import (
+    accuracy,
+    change,
+    chips,
+    data,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    fetch,
+    finetune,
+    map,
+    models,
+    plan,
+    pretrain,
+    probe,
+    report,
+    sample,
+    search,
+)
 from panterra.errors import InputError
 
 app = App(
@@ -28,11 +48,22 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (models.models, "panterra models"),
     (doctor.doctor, "panterra doctor scene --model olmoearth-v1.2-nano --repair repaired"),
     (fetch.fetch, "panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a"),
+    (plan.plan, "panterra plan scene --model olmoearth-v1.2-nano --country FRA"),
     (embed.embed, "panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8"),
+    (search.search, "panterra search embeddings.zarr --like points.geojson --top 100 --out found.geojson"),
+    (chips.chips, "panterra chips embeddings.zarr --out chips.parquet --side 4"),
+    (change.change, "panterra change y2023.zarr y2024.zarr --out change.tif --polygons change.geojson"),
     (probe.probe, "panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop"),
+    (finetune.finetune, "panterra finetune scene --labels plots.gpkg --model olmoearth-v1.2-nano --out model"),
     (map.map, "panterra map scene --probe probe --out map.tif --probabilities"),
     (sample.sample, "panterra sample map.tif --out points.geojson --users-accuracy water=0.95"),
     (accuracy.accuracy, "panterra accuracy map.tif --reference points.geojson"),
+    (
+        evaluate.evaluate,
+        "panterra evaluate --models olmoearth-v1.2-nano raw --benchmarks m_eurosat=geobench/m-eurosat --out results",
+    ),
+    (report.report, "panterra report --since 2026-01 --html report.html"),
+    (export.export, "panterra export olmoearth-v1.2-nano --out nano-onnx --format onnx --modalities sentinel2_l2a"),
     (pretrain.pretrain, "panterra pretrain olmoearth-v1.2-nano --data corpus --out run --set batch=64"),
 )
 for position, (command, example) in enumerate(COMMANDS):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from panterra.cli.options import (
+    BudgetKwh,
     Country,
     Json,
     ModalityNames,
@@ -37,6 +38,7 @@ def embed(
     tile_px: TilePx | None = None,
     overwrite: Overwrite = False,
     country: Country | None = None,
+    budget_kwh: BudgetKwh | None = None,
     as_json: Json = False,
 ) -> None:
     """Embed a scene: one vector per patch. A stopped run goes on where it was."""
@@ -57,6 +59,7 @@ def embed(
             dtype=dtype,
             overwrite=overwrite,
             country=country,
+            budget_kwh=budget_kwh,
             progress=progress,
             note=note,
         )

@@ -7,14 +7,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from panterra.cli.options import Country, Json, Overwrite, RandomSeed, TilePx
+from panterra.cli.options import BudgetKwh, Country, Json, Overwrite, RandomSeed, TilePx
 
 
 def map(
     source: Annotated[str, Parameter(help="A scene, or embeddings that panterra embed wrote.")],
     /,
     *,
-    probe: Annotated[Path, Parameter(help="Folder that panterra probe wrote.")],
+    probe: Annotated[Path, Parameter(help="Folder that panterra probe or panterra finetune wrote.")],
     out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
     probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
     model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,
@@ -22,6 +22,7 @@ def map(
     tile_px: TilePx | None = None,
     overwrite: Overwrite = False,
     country: Country | None = None,
+    budget_kwh: BudgetKwh | None = None,
     as_json: Json = False,
 ) -> None:
     """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
@@ -39,6 +40,7 @@ def map(
             tile_px=tile_px,
             overwrite=overwrite,
             country=country,
+            budget_kwh=budget_kwh,
             progress=progress,
             note=note,
         )
@@ -52,7 +54,16 @@ def map(
                 "seconds": result.seconds,
                 "encoder_seconds": result.encoder_seconds,
                 "energy": energy.as_dict(),
+                "impact": result.impact.as_dict(area_km2=result.area_km2),
             }
         )
         return
-    print(f"{result.path}: {result.seconds:.0f} s, {energy.kwh * 1000:.3g} Wh ({energy.method}); {result.passport}")
+    gases = result.impact.co2e_kg
+    told = (
+        ""
+        if gases is None
+        else f", {gases.value * 1000:.3g} g CO2e ({gases.low * 1000:.3g} to {gases.high * 1000:.3g})"
+    )
+    print(
+        f"{result.path}: {result.seconds:.0f} s, {energy.kwh * 1000:.3g} Wh ({energy.method}){told}; {result.passport}"
+    )

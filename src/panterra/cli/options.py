@@ -18,5 +18,6 @@ OverlapPx = Annotated[int, Parameter(help="How far windows overlap; features are
 TilePx = Annotated[int, Parameter(help="Side of a unit of work: bounds memory; the result does not depend on it.")]
 Overwrite = Annotated[bool, Parameter(show_default=False, help="Replace what is there.")]
 Country = Annotated[str, Parameter(help="ISO 3166 code, such as FRA: turns electricity into CO2 equivalents.")]
+BudgetKwh = Annotated[float, Parameter(help="Stop before or between tiles where the job takes more electricity.")]
 LabelColumn = Annotated[str, Parameter(help="Column with the class or value, where its name does not say it.")]
 BlockM = Annotated[float, Parameter(help="Side of the spatial blocks that keep neighbours in one part.")]

@@ -171,7 +171,7 @@ class Scene:
             crs = CRS(max(dict.fromkeys(projected), key=projected.count))
             anchors = [grid for grid in grids if grid.crs == crs and _north_up(grid)]
         else:
-            crs, anchors = _utm(grids[0]), []
+            crs, anchors = utm_at(*_centre(grids[0])), []
         nearest = min(anchors, key=lambda grid: abs(math.log(abs(grid.affine.a) / resolution)), default=None)
         x0, y0 = (nearest.affine.c, nearest.affine.f) if nearest is not None else (0.0, 0.0)
         edges = np.array([_bounds(grid, crs) for grid in grids])
@@ -595,7 +595,7 @@ def _sentinel2_offset(raw: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
     """
     properties = raw["properties"]
     applied = next((properties[k] for k in properties if k.endswith(":boa_offset_applied")), False)
-    baseline = _baseline(raw)
+    baseline = baseline_of(raw)
     if applied:
         return 0.0, (f"baseline {baseline or 'unknown'}: the provider has already taken the offset of 1000 away",)
     if baseline is None:
@@ -610,7 +610,8 @@ def _sentinel2_offset(raw: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
     return 0.0, (f"baseline {baseline}: no offset",)
 
 
-def _baseline(raw: Mapping[str, Any]) -> str | None:
+def baseline_of(raw: Mapping[str, Any]) -> str | None:
+    """Find the processing baseline of a Sentinel-2 item, such as 05.11."""
     properties = raw["properties"]
     for key in ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline"):
         if re.fullmatch(r"\d+\.\d+", str(properties.get(key, ""))):
@@ -804,8 +805,8 @@ def _lonlat(crs: CRS | None, x: list[float], y: list[float]) -> tuple[list[float
     return cast(tuple[list[float], list[float]], transform(crs_for_rasterio(crs), "EPSG:4326", x, y)[:2])
 
 
-def _utm(grid: GeoBox) -> CRS:
-    lon, lat = _centre(grid)
+def utm_at(lon: float, lat: float) -> CRS:
+    """Return the UTM zone of a place."""
     zone = int((lon + 180) // 6) % 60 + 1
     return CRS(f"EPSG:{32600 + zone if lat >= 0 else 32700 + zone}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,10 +19,15 @@ from rasterio.windows import Window as FileWindow
 
 from panterra.errors import InputError
 from panterra.evaluate.quantise import dequantise, quantise
-from panterra.mapping.tiles import Window
+from panterra.mapping.tiles import Window, blocks
 
 Dtype = Literal["float32", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "int8")
+
+CHUNK_BYTES = 2**20
+"""Up to this size chunks of a Zarr store grow: each costs a reader about a millisecond, however small it is."""
+BLOCK_BYTES = 2**25
+"""What a reader of a whole store holds of it at a time, as stored."""
 
 NO_BYTE = -128
 """Marks a patch without data in int8; the quantisation rule uses -127 to 127."""
@@ -54,6 +60,16 @@ def from_bytes(codes: np.ndarray, exponent: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Vectors as they are stored, and the cells of a grid that they belong to."""
+
+    codes: np.ndarray
+    """[D, n], of the type of the store; int8 without the scales, on which directions do not depend."""
+    cells: np.ndarray
+    """[n], counted row by row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingStore:
     """Embeddings of an area on a grid of patches, opened for reading."""
 
@@ -65,8 +81,16 @@ class EmbeddingStore:
     about: Mapping[str, Any]
     """model, patch_m, modalities, window_px, overlap_px, dates and licence, as far as they were recorded."""
     block: tuple[int, int]
-    """Rows and columns that are stored together."""
-    _fetch: Callable[[Window], np.ndarray]
+    """Rows and columns that are stored together: a shard, or a block of a GeoTIFF."""
+    chunk: tuple[int, int]
+    """Rows and columns that are read together; a whole number of them makes a block."""
+    _fetch: Callable[[Window], tuple[np.ndarray, np.ndarray | None]]
+    """Reads a window as stored: [D, h, w], and of int8 the exponents of the scales [h, w]."""
+
+    @property
+    def dates(self) -> list[dt.date]:
+        """Of the inputs, earliest first."""
+        return dates_of(self.about)
 
     @property
     def passport(self) -> Path:
@@ -76,20 +100,47 @@ class EmbeddingStore:
         """Read features, float32 [rows, columns, D]; NaN where there was no data."""
         height, width = self.box.shape
         window = window or Window(row=0, col=0, height=height, width=width)
+        codes, exponent = self.stored(window)
+        codes = np.moveaxis(codes, 0, -1)
+        return from_bytes(codes, exponent) if exponent is not None else np.ascontiguousarray(codes, dtype=np.float32)
+
+    def stored(self, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read numbers as they are stored, [D, rows, columns], and of int8 the scales' exponents [rows, columns]."""
+        height, width = self.box.shape
         if window.row < 0 or window.col < 0 or window.row + window.height > height or window.col + window.width > width:
             raise InputError(f"{window} is not inside the {height} x {width} patches of {self.path}")
         return self._fetch(window)
 
+    def windows(self, *, multiple: int = 1) -> list[Window]:
+        """Cut the store into windows of at most `BLOCK_BYTES` that read each chunk once, or begin at a `multiple`."""
+        (rows, cols), (unit_rows, unit_cols) = self.block, self.chunk
+        most = max(BLOCK_BYTES // (self.dim * np.dtype(self.dtype).itemsize), 1)
+        while rows * cols > most and (rows > unit_rows or cols > unit_cols):
+            if rows > unit_rows and (rows >= cols or cols == unit_cols):
+                rows = max(rows // 2 // unit_rows, 1) * unit_rows
+            else:
+                cols = max(cols // 2 // unit_cols, 1) * unit_cols
+        while rows * cols * 4 <= most and (rows < self.box.shape[0] or cols < self.box.shape[1]):
+            rows, cols = 2 * rows, 2 * cols
+        rows, cols = (max(n // multiple, 1) * multiple for n in (rows, cols))
+        return [tile.core for tile in blocks(*self.box.shape, rows=rows, cols=cols)]
+
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Go through all patches as stored, in bounded memory, from a block on."""
+        for window in self.windows()[first:]:
+            codes, _ = self.stored(window)
+            yield Block(codes=codes.reshape(self.dim, -1), cells=cells_of(window, self.box))
+
     def sample(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
-        """Read the features of single patches, float32 [n, D]; each stored block is read once."""
+        """Read the features of single patches, float32 [n, D]; each chunk is read once."""
         row, col = np.asarray(row), np.asarray(col)
         height, width = self.box.shape
         if len(row) and (min(row.min(), col.min()) < 0 or row.max() >= height or col.max() >= width):
             raise InputError(f"some rows and columns lie outside the {height} x {width} patches of {self.path}")
         result = np.full((len(row), self.dim), np.nan, np.float32)
-        blocks = np.stack([row // self.block[0], col // self.block[1]], axis=1)
-        for block in np.unique(blocks, axis=0):
-            here = np.flatnonzero((blocks == block).all(1))
+        chunks = np.stack([row // self.chunk[0], col // self.chunk[1]], axis=1)
+        for chunk in np.unique(chunks, axis=0):
+            here = np.flatnonzero((chunks == chunk).all(1))
             top, left = row[here].min(), col[here].min()
             window = Window(
                 row=int(top),
@@ -99,6 +150,31 @@ class EmbeddingStore:
             )
             result[here] = self.read(window)[row[here] - top, col[here] - left]
         return result
+
+
+def dates_of(about: Mapping[str, Any]) -> list[dt.date]:
+    """Return the dates of the inputs of a store, earliest first."""
+    return sorted(dt.date.fromisoformat(date) for date in about.get("dates") or ())
+
+
+def cells_of(window: Window, box: GeoBox) -> np.ndarray:
+    """Number the cells of a window in the grid around it, row by row."""
+    rows, cols = np.arange(window.row, window.row + window.height), np.arange(window.col, window.col + window.width)
+    cells: np.ndarray = (rows[:, None] * box.shape[1] + cols).ravel()
+    return cells
+
+
+def ground_of(row: np.ndarray, col: np.ndarray, box: GeoBox) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y in the CRS of a grid of places given in cells; centres are at halves."""
+    a = box.affine
+    return a.a * col + a.b * row + a.c, a.d * col + a.e * row + a.f
+
+
+def lonlat_of(row: np.ndarray, col: np.ndarray, box: GeoBox) -> np.ndarray:
+    """Return longitude and latitude [n, 2] of the centres of cells."""
+    assert box.crs is not None
+    x, y = ground_of(row + 0.5, col + 0.5, box)
+    return np.stack(pyproj.Transformer.from_crs(box.crs.to_wkt(), "EPSG:4326", always_xy=True).transform(x, y), axis=1)
 
 
 def open_embeddings(path: str | Path) -> EmbeddingStore:
@@ -114,7 +190,10 @@ def open_embeddings(path: str | Path) -> EmbeddingStore:
 def create_zarr(
     path: Path, box: GeoBox, *, dim: int, dtype: Dtype, shard: tuple[int, int], chunk: tuple[int, int], about: Any
 ) -> None:
-    """Make an empty Zarr v3 store with dimensions embedding, y, x; CF and `proj:` attributes tell where it lies."""
+    """Make an empty Zarr v3 store with dimensions embedding, y, x; CF and `proj:` attributes tell where it lies.
+
+    Chunks are `chunk` patches at least, and larger ones that still divide the shard up to `CHUNK_BYTES`.
+    """
     group: Any = zarr.create_group(store=str(path), zarr_format=3)
     assert box.crs is not None
     crs = box.crs.proj
@@ -133,6 +212,7 @@ def create_zarr(
         }
     )
     array_box = (dim, *box.shape)
+    chunk = _grown(chunk, shard, CHUNK_BYTES // (dim * np.dtype(dtype).itemsize))
     layout: dict[str, Any] = {
         "dtype": dtype,
         "compressors": zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
@@ -177,6 +257,14 @@ def create_zarr(
         dimension_names=(),
         attributes={**crs.to_cf(), "GeoTransform": f"{a.c!r} {a.a!r} {a.b!r} {a.f!r} {a.d!r} {a.e!r}"},
     )
+
+
+def _grown(chunk: tuple[int, int], shard: tuple[int, int], most: int) -> tuple[int, int]:
+    """Return the largest multiple of a chunk, by one factor, that divides the shard and holds at most so many cells."""
+    units, patches = [s // c for s, c in zip(shard, chunk, strict=True)], chunk[0] * chunk[1]
+    fits = [n for n in range(1, min(units) + 1) if not any(u % n for u in units) and patches * n**2 <= most]
+    factor = max(fits, default=1)
+    return chunk[0] * factor, chunk[1] * factor
 
 
 def write_zarr(path: Path, window: Window, features: np.ndarray) -> None:
@@ -227,12 +315,11 @@ def _open_zarr(path: Path) -> EmbeddingStore:
     except KeyError:
         raise InputError(f"{path} is a Zarr store without embeddings; wanted one that `panterra embed` wrote") from None
 
-    def fetch(window: Window) -> np.ndarray:
+    exponents = group["scale_exponent"] if array.dtype == np.int8 else None
+
+    def fetch(window: Window) -> tuple[np.ndarray, np.ndarray | None]:
         rows, cols = window.slices
-        stored = np.moveaxis(array[:, rows, cols], 0, -1)
-        if stored.dtype == np.int8:
-            return from_bytes(stored, group["scale_exponent"][rows, cols])
-        return np.ascontiguousarray(stored, dtype=np.float32)
+        return array[:, rows, cols], exponents[rows, cols] if exponents is not None else None
 
     dim, height, width = array.shape
     transform, crs = group.attrs["proj:transform"], group.attrs["proj:wkt2"]
@@ -243,6 +330,7 @@ def _open_zarr(path: Path) -> EmbeddingStore:
         dtype=array.dtype.name,
         about=about,
         block=array.shards[1:],
+        chunk=array.chunks[1:],
         _fetch=fetch,
     )
 
@@ -255,13 +343,10 @@ def _open_cog(path: Path) -> EmbeddingStore:
         box = GeoBox((file.height, file.width), file.transform, file.crs)
         dtype, bands, block = file.dtypes[0], file.count, file.block_shapes[0]
 
-    def fetch(window: Window) -> np.ndarray:
+    def fetch(window: Window) -> tuple[np.ndarray, np.ndarray | None]:
         with rasterio.open(path) as file:
             stored = file.read(window=FileWindow(window.col, window.row, window.width, window.height))
-        stored = np.moveaxis(stored, 0, -1)
-        if stored.dtype == np.int8:
-            return from_bytes(stored[..., :-1], stored[..., -1])
-        return np.ascontiguousarray(stored, dtype=np.float32)
+        return (stored[:-1], stored[-1]) if dtype == "int8" else (stored, None)
 
     return EmbeddingStore(
         path=path,
@@ -270,5 +355,6 @@ def _open_cog(path: Path) -> EmbeddingStore:
         dtype=dtype,
         about=json.loads(about),
         block=block,
+        chunk=block,
         _fetch=fetch,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from rasterio.warp import transform
 
 import panterra
 from panterra.energy import EnergyReport
+from panterra.energy.impact import impact_of
 from panterra.imagery.raster import crs_for_rasterio
+from panterra.imagery.stac import pixel_metres
 from panterra.mapping.embeddings import proj_fields
 
 EXTENSIONS = (
@@ -60,6 +63,7 @@ def write_passport(
             "processing:datetime": _rfc3339(now),
             "processing:software": software(),
             "panterra:energy": energy.as_dict(),
+            "panterra:impact": impact_of(energy).as_dict(area_km2=_area_km2(box)),
             "emb:energy": {
                 "energy_kwh": energy.kwh,
                 "inference_duration_s": energy.seconds,
@@ -122,6 +126,12 @@ def _outline(box: GeoBox) -> list[list[float]]:
     x, y = zip(*(box.affine @ (across * width, down * height) for across, down in edge), strict=True)
     lon, lat = transform(crs_for_rasterio(box.crs), "EPSG:4326", x, y)[:2]
     return [[round(a, 9), round(b, 9)] for a, b in zip(lon, lat, strict=True)]
+
+
+def _area_km2(box: GeoBox) -> float | None:
+    """Return the area of a box; None for degrees."""
+    assert box.crs is not None
+    return math.prod(box.shape) * pixel_metres(box) ** 2 / 1e6 if box.crs.projected else None
 
 
 def _at(date: dt.date, time: dt.time) -> dt.datetime:

@@ -22,11 +22,14 @@ import rasterio
 from odc.geo.geobox import GeoBox
 from rasterio.windows import Window as FileWindow
 
-from panterra.energy import EnergyReport, measure_energy
+from panterra.energy import EnergyReport
+from panterra.energy.impact import Impact, impact_of
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe, load_probe
+from panterra.finetune.model import FineTuned, is_finetuned, load_finetuned
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import Scene, open_scene
+from panterra.mapping.effort import Account, accounted, area_km2
 from panterra.mapping.embeddings import (
     DTYPES,
     INT8_RULE,
@@ -68,6 +71,9 @@ class MapResult:
     seconds: float
     encoder_seconds: float
     energy: EnergyReport
+    impact: Impact
+    """Of all starts of the run together."""
+    area_km2: float
 
 
 def embed(
@@ -86,6 +92,7 @@ def embed(
     workers: int = 1,
     overwrite: bool = False,
     country: str | None = None,
+    budget_kwh: float | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> EmbeddingStore:
@@ -101,6 +108,9 @@ def embed(
 
     Finished tiles lie in `<out>.parts`: after any interruption the same call goes on from there and ends with the same
     bytes. Raises InputError where `out` exists or the parts are of another job, unless `overwrite`.
+
+    `budget_kwh` is what all starts of the job may take: BudgetError is raised beforehand where jobs like it have taken
+    more, and between tiles when it is used up.
     """
     encoder, scene, out = _as_encoder(model), _as_scene(scene), Path(out)  # a model may declare modalities of its own
     cog = out.suffix.lower() in (".tif", ".tiff")
@@ -161,7 +171,7 @@ def embed(
                 about=about(),
             ),
         )
-    energy = _run(work, parts, sink, country=country, progress=progress, note=note)
+    account = _run("embed", work, parts, sink, country=country, budget_kwh=budget_kwh, progress=progress, note=note)
     media_type = pystac.MediaType.COG if cog else "application/vnd.zarr; version=3"
     asset = pystac.Asset(str(out.absolute()), media_type=media_type, roles=["data"], extra_fields={"data_type": dtype})
     about_embeddings = {
@@ -169,13 +179,13 @@ def embed(
         "emb:dimensions": encoder.dim,
         **({"emb:quantization": INT8_RULE} if dtype == "int8" else {}),
     }
-    _conclude(work, parts, {"embeddings": asset}, energy, about_embeddings)
+    _conclude(work, parts, {"embeddings": asset}, account.total, about_embeddings)
     return open_embeddings(out)
 
 
 def map(
     scene: Scene | EmbeddingStore | str | Path,
-    probe: Probe | str | Path,
+    probe: Probe | FineTuned | str | Path,
     out: str | Path,
     *,
     model: Encoder | str | Path | None = None,
@@ -184,56 +194,57 @@ def map(
     patch_m: float | None = None,
     modalities: Sequence[str] | None = None,
     window_px: int | None = None,
-    overlap_px: int = 16,
+    overlap_px: int | None = None,
     tile_px: int | None = None,
     batch_windows: int = 8,
     workers: int = 1,
     overwrite: bool = False,
     country: str | None = None,
+    budget_kwh: float | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> MapResult:
     """Map a scene, or embeddings that `embed` stored, with a probe: a GeoTIFF `out` with one pixel per patch.
 
+    A fine-tuned model, or its folder, takes the place of the probe: it brings its own encoder, and its scores are
+    blended as features are, on the grid of its answer. It maps scenes alone.
+
     Classes are written as their codes with palette and names, values as float32; places without data are nodata.
     `probabilities` adds `<out>_probabilities.tif`, one float32 band per class. What the encoder should be, which
     modalities it sees and how large patches and windows are comes from the probe where it is not given; stored
-    embeddings need no encoder. Statistics that the probe's features were standardised by go before all others.
+    embeddings need no encoder. Statistics that the probe's features were standardised by go before all others. Windows
+    overlap by 16 px, or as the fine-tuned model says.
     Everything else is as in `embed`.
     """
     started, out = time.perf_counter(), Path(out)
-    probe = probe if isinstance(probe, Probe) else load_probe(probe)
+    probe = as_probe(probe) if isinstance(probe, str | Path) else probe
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise InputError(f"a map is written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if probabilities and probe.task != "classes":
         raise InputError("the probe predicts values, which have no probabilities; leave them out")
-    source = probe.source
     work: Encoding | Stored
     if isinstance(scene, EmbeddingStore) or (not isinstance(scene, Scene) and _is_store(scene)):
+        if isinstance(probe, FineTuned):
+            raise InputError("a fine-tuned model maps scenes, not stored embeddings; give the scene itself")
         if box is not None or model is not None:
             raise InputError("stored embeddings have their own area and encoder; leave out box and model")
         store = scene if isinstance(scene, EmbeddingStore) else open_embeddings(scene)
         work = Stored(store=store, workers=workers)
     else:
-        if source is None and (model is None or patch_m is None):
-            raise InputError("the probe does not say how its features were made; give model and patch_m")
-        encoder = _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder)))
-        if source is not None and source.statistics and isinstance(encoder, Fitted):
-            encoder = encoder.with_statistics(source.statistics)
-        scene, seen = _as_scene(scene), modalities or (source.modalities if source else None)
-        work = Encoding.plan(
+        work = encoding_for(
+            probe,
             scene,
-            encoder,
-            box=box if box is not None else common_grid(scene, encoder, seen),
-            patch_m=cast(float, patch_m or (source and source.patch_m)),
-            modalities=seen,
-            window_px=window_px or (source.window_px if source else 64),
+            model=model,
+            box=box,
+            patch_m=patch_m,
+            modalities=modalities,
+            window_px=window_px,
             overlap_px=overlap_px,
             tile_px=tile_px,
             batch_windows=batch_windows,
             workers=workers,
         )
-    _check_fit(probe, work)
+    check_fit(probe, work)
     about_probe = _probe_passport(probe)
     beside = out.with_name(f"{out.stem}_probabilities.tif") if probabilities else None
     assets = {"map": _map_asset(probe, out)}
@@ -242,27 +253,69 @@ def map(
         assets["probabilities"] = _tif_asset(beside, bands=bands, data_type="float32")
     parts = Parts(out, {**work.job, "probe": about_probe, "probabilities": probabilities}, overwrite=overwrite)
     sink = _map_sink(probe, work, out, beside, parts)
-    energy = _run(work, parts, sink, country=country, progress=progress, note=note)
-    _conclude(work, parts, assets, energy, {"panterra:probe": about_probe})
+    account = _run("map", work, parts, sink, country=country, budget_kwh=budget_kwh, progress=progress, note=note)
+    _conclude(work, parts, assets, account.total, {"panterra:probe": about_probe})
     return MapResult(
         path=out,
         passport=_beside(out),
         probabilities=beside,
         seconds=time.perf_counter() - started,
         encoder_seconds=work.encoder_seconds,
-        energy=energy,
+        energy=account.energy,
+        impact=impact_of(account.total),
+        area_km2=area_km2(work.grid, math.prod(work.grid.shape)),
+    )
+
+
+def encoding_for(
+    probe: Probe | FineTuned,
+    scene: Scene | str | Path,
+    *,
+    model: Encoder | str | Path | None,
+    box: GeoBox | None,
+    patch_m: float | None,
+    modalities: Sequence[str] | None,
+    window_px: int | None,
+    overlap_px: int | None,
+    tile_px: int | None,
+    batch_windows: int,
+    workers: int,
+) -> Encoding:
+    """Plan the features that a probe or a fine-tuned model needs; it says what is not given."""
+    source, tuned = probe.source, probe if isinstance(probe, FineTuned) else None
+    if tuned is not None and model is not None:
+        raise InputError("a fine-tuned model has its own encoder; leave out model")
+    if source is None and (model is None or patch_m is None):
+        raise InputError("the probe does not say how its features were made; give model and patch_m")
+    encoder = tuned or _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder)))
+    if source is not None and source.statistics and isinstance(encoder, Fitted):
+        encoder = encoder.with_statistics(source.statistics)
+    scene, seen = _as_scene(scene), modalities or (source.modalities if source else None)
+    return Encoding.plan(
+        scene,
+        encoder,
+        box=box if box is not None else common_grid(scene, encoder, seen),
+        patch_m=cast(float, patch_m or (source and source.patch_m)),
+        modalities=seen,
+        window_px=window_px or (source.window_px if source else 64),
+        overlap_px=overlap_px if overlap_px is not None else tuned.overlap_px if tuned else 16,
+        tile_px=tile_px,
+        batch_windows=batch_windows,
+        workers=workers,
     )
 
 
 def _run(
+    command: str,
     work: Encoding | Stored,
     parts: Parts,
     sink: _Cogs | _Zarr,
     *,
     country: str | None,
+    budget_kwh: float | None,
     progress: Progress | None,
     note: Note | None,
-) -> EnergyReport:
+) -> Account:
     """Bring every tile into the sink; the thread that writes also applies the probe, while the encoder goes on."""
     done, total = 0, sum(work.cost(tile) for tile in work.tiles())
 
@@ -272,7 +325,7 @@ def _run(
         if progress:
             progress(done, total)
 
-    with measure_energy(country=country) as meter:
+    with accounted(command, work, parts, country=country, budget_kwh=budget_kwh, note=note) as account:
         if isinstance(work, Encoding):
             _standardise(work, parts, note)
         with parts.guard(), sink:
@@ -285,11 +338,12 @@ def _run(
                 writing: deque[Future[None]] = deque()
                 for tile, features in work.features(todo, parts, advance):
                     writing.append(writer.submit(sink.put, tile, features))
+                    account.finish(tile)
                     if len(writing) > 1:
                         writing.popleft().result()
                 for last in writing:
                     last.result()
-    return meter.report
+    return account
 
 
 def _standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
@@ -375,7 +429,12 @@ def _as_encoder(model: Encoder | str | Path) -> Encoder:
     return weights.load_model(model) if isinstance(model, str | Path) else model
 
 
-def _check_fit(probe: Probe, work: Encoding | Stored) -> None:
+def as_probe(folder: str | Path) -> Probe | FineTuned:
+    """Load a probe or a fine-tuned model."""
+    return load_finetuned(folder) if is_finetuned(folder) else load_probe(folder)
+
+
+def check_fit(probe: Probe | FineTuned, work: Encoding | Stored) -> None:
     """Refuse features that the probe was not fitted on, as far as both say what they are."""
     name = (work.about.get("model") or {}).get("name", "the encoder")
     if probe.dim != work.dim:
@@ -497,9 +556,9 @@ class _Zarr:
         """Nothing is to be done: its shard is in the store."""
 
 
-def _map_sink(probe: Probe, work: Encoding | Stored, out: Path, beside: Path | None, parts: Parts) -> _Cogs:
+def _map_sink(probe: Probe | FineTuned, work: Encoding | Stored, out: Path, beside: Path | None, parts: Parts) -> _Cogs:
     """Write predictions into `out` and probabilities into `beside`."""
-    nodata, dtype = _nodata(probe)
+    nodata, dtype = map_nodata(probe)
     categories = {c.code: c.name for c in probe.classes}
     palette = {c.code: c.colour for c in probe.classes if c.colour is not None}
 
@@ -533,7 +592,7 @@ def _map_sink(probe: Probe, work: Encoding | Stored, out: Path, beside: Path | N
     return _Cogs(parts=parts, tiles=work.tiles, convert=convert, create=create)
 
 
-def _nodata(probe: Probe) -> tuple[float, str]:
+def map_nodata(probe: Probe | FineTuned) -> tuple[float, str]:
     """Choose a value that is no class, 0 where it is free, and the smallest type that holds it and the codes."""
     if probe.task == "values":
         return math.nan, "float32"
@@ -544,8 +603,8 @@ def _nodata(probe: Probe) -> tuple[float, str]:
     return free, "uint8" if max(*codes, free) < 256 else "uint16"
 
 
-def _map_asset(probe: Probe, out: Path) -> pystac.Asset:
-    nodata, dtype = _nodata(probe)
+def _map_asset(probe: Probe | FineTuned, out: Path) -> pystac.Asset:
+    nodata, dtype = map_nodata(probe)
     classes = [
         {
             "value": c.code,
@@ -562,7 +621,9 @@ def _tif_asset(path: Path, **fields: Any) -> pystac.Asset:
     return pystac.Asset(str(path.absolute()), media_type=pystac.MediaType.COG, roles=["data"], extra_fields=fields)
 
 
-def _probe_passport(probe: Probe) -> dict[str, Any]:
+def _probe_passport(probe: Probe | FineTuned) -> dict[str, Any]:
+    if isinstance(probe, FineTuned):
+        return probe.about()
     digest = hashlib.sha256()
     for name, tensor in sorted(probe.tensors.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

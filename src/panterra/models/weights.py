@@ -22,6 +22,8 @@ from panterra.models.anysat import AnySat, Missing, anysat_config
 from panterra.models.anysat_convert import ANYSAT_LICENCE, anysat_from_json, anysat_json, load_anysat
 from panterra.models.anysat_convert import FORMAT as ANYSAT_FORMAT
 from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state, open_state_dict
+from panterra.models.exported import FORMAT as EXPORT_FORMAT
+from panterra.models.exported import Exported, open_exported
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
 
@@ -37,7 +39,7 @@ ANYSAT_TERMS = (
 OLMOEARTH_FORMAT = "panterra-olmoearth-1"
 
 Model = OlmoEarth | AnySat
-"""What `load_model` gives: an `Encoder` of one of the families."""
+"""An `Encoder` of one of the families, with weights that can be trained and saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +108,13 @@ def load_model(
     attention: Attend = "masked",
     missing: Missing = "masked",
     random: int | None = None,
-) -> Model:
+) -> Model | Exported:
     """Load an encoder, ready for inference.
 
     `name_or_path` is a name (`panterra models` lists them), a Hugging Face id, a folder with the published files
     (`config.json` and `weights.pth`, or `AnySat.pth`), a checkpoint of AnySat's published training, or a folder that
-    `save_model` wrote. `random` gives a named architecture random weights from that seed and downloads nothing.
+    `save_model` or `panterra export` wrote; an export can be used for nothing but encoding. `random` gives a named
+    architecture random weights from that seed and downloads nothing.
     `dtype=torch.bfloat16` halves memory and time where the processor has it. `normalized_input` skips the
     normalisation, for inputs that already had it. `attention` (OlmoEarth, see `panterra.models.olmoearth.Attend`) and
     `missing` (AnySat, see `panterra.models.anysat.Missing`) pick a published behaviour for parity. Raises InputError.
@@ -119,6 +122,10 @@ def load_model(
     name = str(name_or_path)
     if drawn := _DRAWN.fullmatch(name):
         name, random = drawn[1], int(drawn[2])
+    if random is None and _config(Path(name)).get("format") == EXPORT_FORMAT:
+        if (str(device), dtype, normalized_input, attention, missing) != ("cpu", None, False, "masked", "masked"):
+            raise InputError(f"{name} is an export, whose device, precision and behaviour are fixed; leave them out")
+        return open_exported(name)
     if random is not None:
         model = _random(name, random)
     elif Path(name).is_dir():
@@ -157,6 +164,8 @@ def save_model(model: Model, folder: Path | str) -> Path:
 def passport(model: Encoder) -> dict[str, Any]:
     """Say which model this is and whatever of its set-up changes results: checksum, licence, source, precision."""
     about: dict[str, Any] = {"name": model.name, "dim": model.dim}
+    if isinstance(model, Exported):
+        about |= model.about
     if isinstance(model, torch.nn.Module):
         about["weights_sha256"] = weights_checksum(model)
         first = next(model.parameters(), None)
@@ -224,14 +233,8 @@ def _from_hub(name: str) -> Model:
 
 
 def _from_folder(folder: Path, *, name: str | None = None) -> Model:
-    name = name or str(folder.resolve())
-    config_path = folder / "config.json"
-    config: dict[str, Any] = {}
-    if config_path.is_file():
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{config_path} is not JSON ({error}); fetch it again") from None
+    name, config_path = name or str(folder.resolve()), folder / "config.json"
+    config = _config(folder)
     if str(config.get("format", "")).startswith("panterra-"):
         return _from_ours(folder, config)
     if any((folder / path).is_file() for path in ("AnySat.pth", "models/AnySat.pth")):
@@ -244,6 +247,18 @@ def _from_folder(folder: Path, *, name: str | None = None) -> Model:
     check_fit(model.state_dict(), state, source=str(folder / "weights.pth"))
     model.load_state_dict(state)
     return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`, empty where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
+    return config
 
 
 def _from_ours(folder: Path, config: Mapping[str, Any]) -> Model:

@@ -1,0 +1,86 @@
+"""`panterra evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from panterra.cli.options import Json, ModalityNames
+
+
+def evaluate(
+    *,
+    models: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            help="Names or folders; NAME@random:SEED for untrained weights, raw for band statistics.",
+        ),
+    ],
+    benchmarks: Annotated[
+        list[str], Parameter(consume_multiple=True, help="NAME=FOLDER of each labelled data set (see: data.md).")
+    ],
+    out: Annotated[Path, Parameter(help="Folder for tables and report; a repeated run goes on in it.")],
+    protocols: Annotated[
+        list[Literal["knn", "linear", "attention", "anysat"]],
+        Parameter(consume_multiple=True, help="How features are judged."),
+    ] = ["knn", "linear"],  # noqa: B006  (cyclopts copies it)
+    fractions: Annotated[
+        list[float], Parameter(consume_multiple=True, help="Shares of the training samples, for curves over labels.")
+    ] = [1.0],  # noqa: B006
+    seeds: Annotated[
+        list[int], Parameter(consume_multiple=True, help="Each draws other samples, first weights and batches.")
+    ] = [42],  # noqa: B006
+    sweep: Annotated[
+        list[Literal["normalisation", "pooling"]] | None,
+        Parameter(consume_multiple=True, help="Also choose these by validation, besides the learning rate."),
+    ] = None,
+    rates: Annotated[
+        list[float] | None, Parameter(consume_multiple=True, help="Learning rates instead of the published eight.")
+    ] = None,
+    published_rate: Annotated[
+        bool, Parameter(show_default=False, help="Take the one rate of the published table, where it has a set.")
+    ] = False,
+    epochs: Annotated[int | None, Parameter(help="Of probe training, not the published number.")] = None,
+    batch: Annotated[int | None, Parameter(help="Samples per step of a probe, not the published number.")] = None,
+    patch_m: Annotated[float | None, Parameter(help="Side of a patch in metres; four pixels if left out.")] = None,
+    modalities: ModalityNames | None = None,
+    limit: Annotated[int | None, Parameter(help="At most so many samples of each split, for a first look.")] = None,
+    cache: Annotated[Path | None, Parameter(help="Folder of features; inside --out if left out.")] = None,
+    device: Annotated[str, Parameter(help="Where to compute, such as cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compare models on labelled data sets by probes of their frozen features. A stopped run goes on where it was."""
+    from panterra.commands.evaluate import HEADINGS, parse_benchmarks, refuse_failures, run_evaluate, table_of
+    from panterra.commands.terminal import note, show_json, show_table
+    from panterra.evaluate.suite import Plan, Row
+    from panterra.evaluate.sweep import RATES
+
+    sweep = sweep or []
+    plan = Plan(
+        models=tuple(models),
+        benchmarks=parse_benchmarks(benchmarks),
+        protocols=tuple(protocols),
+        fractions=tuple(fractions),
+        seeds=tuple(seeds),
+        normalisations=("model", "dataset") if "normalisation" in sweep else (),
+        poolings=("mean", "max") if "pooling" in sweep else ("mean",),
+        rates=tuple(rates) if rates else RATES,
+        published_rate=published_rate,
+        epochs=epochs,
+        batch=batch,
+        patch_m=patch_m,
+        modalities=tuple(modalities) if modalities else None,
+        limit=limit,
+        device=device,
+    )
+    result = run_evaluate(plan, out, cache=cache)
+    rows = [Row.from_dict(row) for row in result["rows"]]
+    if as_json:
+        show_json(result)
+    else:
+        show_table(HEADINGS, table_of(rows))
+        note(f"The report is {result['report']}")
+    refuse_failures(rows)

@@ -1,0 +1,77 @@
+"""What `panterra export` does: load, standardise, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from panterra.errors import InputError
+from panterra.evaluate.probes import load_probe
+from panterra.imagery.stac import open_scene
+from panterra.mapping.export import export as export_encoder
+from panterra.mapping.run import common_grid, in_blocks
+from panterra.models.exported import Engine, Exported, Precision
+from panterra.models.features import Fitted
+from panterra.models.weights import Model, load_model
+
+
+def export(
+    model: str | Path,
+    out: Path,
+    *,
+    engine: Engine,
+    modalities: Sequence[str],
+    dates: int,
+    window_px: int,
+    patch_m: float,
+    dtype: Precision,
+    batch: str = "dynamic",
+    statistics: str | None = None,
+    random: int | None = None,
+    overwrite: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Export a model by its name; give what was written, and how equal it is, as plain JSON. Raises InputError."""
+    encoder = load_model(model, random=random)
+    if isinstance(encoder, Exported):
+        raise InputError(f"{model} is an export already; give the model that it was made from")
+    if batch != "dynamic" and not (batch.isdecimal() and int(batch)):
+        raise InputError(f"batch is {batch!r}; wanted a number from 1, or dynamic")
+    exported, equality = export_encoder(
+        standardised(encoder, modalities, statistics),
+        out,
+        engine=engine,
+        modalities=modalities,
+        dates=dates,
+        window_px=window_px,
+        patch_m=patch_m,
+        dtype=dtype,
+        batch=None if batch == "dynamic" else int(batch),
+        overwrite=overwrite,
+        note=note,
+    )
+    return {**asdict(exported.signature), **exported.about}, asdict(equality)
+
+
+def standardised(encoder: Model, modalities: Sequence[str], source: str | None) -> Model:
+    """Give an encoder the statistics that it lacks, from a probe that carries them or from a scene."""
+    if source is None:
+        return encoder
+    if not isinstance(encoder, Fitted):
+        raise InputError(f"{encoder.name} has statistics of its own; leave out those of {source}")
+    if (Path(source) / "model.safetensors").is_file():
+        return encoder.with_statistics(_of_probe(source))
+    scene = open_scene(source)
+    seen = [name for name in modalities if name in scene.modalities]
+    if absent := [name for name in encoder.missing_statistics(modalities) if name not in seen]:
+        raise InputError(f"{source} has no {absent[0]}; fit the statistics to a scene that has all of {modalities}")
+    return encoder.with_statistics(encoder.fit_statistics(in_blocks(scene, common_grid(scene, encoder, seen), seen)))
+
+
+def _of_probe(folder: str) -> Mapping[str, Any]:
+    source = load_probe(folder).source
+    if source is None or not source.statistics:
+        raise InputError(f"the probe in {folder} carries no statistics; fit them to a scene instead")
+    return source.statistics

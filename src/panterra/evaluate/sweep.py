@@ -1,0 +1,368 @@
+"""Probes at every learning rate, trained together in one pass over the features.
+
+All members see the same batches, so what stands before their weights is computed once and their outputs are one matrix
+product; gradients of a linear layer are written down rather than traced. Each member ends where it would end alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from panterra.errors import InputError
+from panterra.evaluate.readout import Readout
+from panterra.evaluate.scoring import FIGURES, Answers, better
+
+RATES = (1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1, 5e-1)
+"""The published sweep (OlmoEarth)."""
+FLOOR = 1e-5
+"""Where the cosine ends."""
+WARM = 0.1
+"""Share of the epochs in which the rate rises from 0."""
+BETAS, EPS = (0.9, 0.999), 1e-8
+MOMENTUM = 0.1
+_ELEMENTS = 2**24
+_CACHED = 2**18
+_RISE = 20
+"""Epochs in which AnySat's cosine rises."""
+
+Schedule = Literal["cosine", "epoch_cosine", "plateau"]
+Standardise = Literal["batch", "layer", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How probes are trained; as it stands, OlmoEarth's published sweep."""
+
+    rates: tuple[float, ...] = RATES
+    epochs: int = 50
+    batch: int = 8
+    weight_decay: float = 0.01
+    schedule: Schedule = "cosine"
+    check_every: int = 5
+    """Epochs between looks at the validation samples; the best of these states is kept."""
+    forget: bool = True
+    """Whether AdamW's averages start anew after each look, as published."""
+    patience: int | None = None
+    """Looks without a better figure after which a member stops; None: never."""
+    least_epochs: int = 0
+    drop_last: bool = False
+    """Whether an incomplete last batch is left out."""
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """The features of some samples with their targets; `x` may lie on disk."""
+
+    x: Tensor
+    """Floating [N, D] or [N, h, w, D]; where a sample or cell has several vectors, [N, t, D] or [N, h, w, t, D]. NaN
+    where there was no data."""
+    y: Tensor
+    """Integers [N] or [N, H, W], negative without a label; or float32 [N, K], [N] or [N, H, W], NaN without."""
+    whole: bool = False
+    """True where it is known that no number is missing."""
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        return (1, 1) if self.x.ndim < 4 else (self.x.shape[1], self.x.shape[2])
+
+    def take(self, index: Int[np.ndarray, " k"]) -> Table:
+        """Give some of the samples."""
+        chosen = torch.as_tensor(np.asarray(index, np.int64))
+        return replace(self, x=self.x[chosen], y=self.y[chosen])
+
+    def to(self, device: torch.device | str) -> Table:
+        """Move features and targets to a device."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def checked(self) -> Table:
+        """Look once whether numbers are missing, instead of in every batch."""
+        return replace(self, whole=not any(bool(part.isnan().any()) for part in self.x.split(1024)))
+
+    def batch(self, index: Int[Tensor, " b"], *, learning: bool) -> tuple[Tensor, Tensor]:
+        """Give some samples as grids of cells; of cells without data, whose numbers become 0, nothing is learned."""
+        index = index.to(self.x.device)
+        x, y = self.x[index], self.y[index]
+        y = y if y.is_floating_point() else y.long()
+        grid = x if x.ndim >= 4 else x[:, None, None]
+        if self.whole:
+            return grid, y
+        lost = grid.isnan().any(-1)
+        cells = lost.flatten(3).all(3) if lost.ndim > 3 else lost
+        if learning and y.ndim == 3:
+            under = F.interpolate(cells[:, None].float(), size=y.shape[1:])[:, 0] > 0
+            y = y.masked_fill(under, torch.nan if y.is_floating_point() else -1)
+        return (grid if lost.ndim > 3 else grid.masked_fill(lost[..., None], 0.0)), y
+
+
+class Net(Protocol):
+    """What is trained: M probes of one kind, whose parameters are the rows of a matrix."""
+
+    def start(self, generator: torch.Generator) -> Float[Tensor, " p"]:
+        """Draw the parameters that all members start from."""
+        ...
+
+    def outputs(self, theta: Float[Tensor, "m p"], x: Tensor) -> Float[Tensor, "n m o"]:
+        """Give the outputs for each cell, outside training."""
+        ...
+
+    def gradient(self, theta: Float[Tensor, "m p"], x: Tensor, y: Tensor, readout: Readout) -> Float[Tensor, "m p"]:
+        """Differentiate each member's loss on a batch."""
+        ...
+
+    def frozen(self) -> Self:
+        """Give a copy that further training does not touch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Linear:
+    """A linear layer behind a standardisation with weights of its own (BatchNorm1d, LayerNorm) or none."""
+
+    dim: int
+    width: int
+    """Outputs."""
+    first: Standardise
+    mean: Float[Tensor, " d"]
+    variance: Float[Tensor, " d"]
+    """What BatchNorm1d remembers; the same for all members, which see the same batches."""
+
+    @classmethod
+    def of(cls, table: Table, width: int, first: Standardise) -> Linear:
+        """Make one for the features of a table that has seen nothing of them."""
+        like = table.x[(0,) * (table.x.ndim - 1)]
+        mean, variance = torch.zeros_like(like), torch.ones_like(like)
+        return cls(dim=len(like), width=width, first=first, mean=mean, variance=variance)
+
+    def start(self, generator: torch.Generator) -> Float[Tensor, " p"]:
+        """Draw weights as torch's linear layer does; the standardisation starts at 1 and 0."""
+        bound = 1 / math.sqrt(self.dim)
+        drawn = torch.empty(self.width * (self.dim + 1)).uniform_(-bound, bound, generator=generator)
+        plain = [] if self.first == "none" else [torch.ones(self.dim), torch.zeros(self.dim)]
+        return torch.cat([drawn, *plain])
+
+    def outputs(self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"]) -> Float[Tensor, "n m o"]:
+        weight, bias = self._joined(theta)
+        seen = self._standardise(x.flatten(0, -2), learning=False)
+        out: Tensor = torch.addmm(bias, seen, weight.mT).unflatten(1, (len(theta), self.width))
+        return out
+
+    def gradient(
+        self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"], y: Tensor, readout: Readout
+    ) -> Float[Tensor, "m p"]:
+        seen = self._standardise(x.flatten(0, -2), learning=True).unflatten(0, x.shape[:-1])
+        weight, bias = self._joined(theta)
+        share, total = readout.share(y), theta.new_zeros(len(theta), self.width)
+        slope = torch.zeros_like(weight)
+        # As many samples at a time as stay in the processor's cache.
+        some = max(1, _CACHED // (len(weight) * x.shape[1:-1].numel()))
+        for part, labels in zip(seen.split(some), y.split(some), strict=True):
+            rows = part.flatten(0, -2)
+            raw = torch.addmm(bias, rows, weight.mT).unflatten(1, total.shape)
+            change = readout.residual(raw, labels, part.shape[:3], share)
+            slope.addmm_(change.flatten(1).mT, rows)
+            total += change.sum(0)
+        return self._shared_out(theta, slope.unflatten(0, total.shape), total)
+
+    def _shared_out(
+        self, theta: Float[Tensor, "m p"], slope: Float[Tensor, "m o d"], total: Float[Tensor, "m o"]
+    ) -> Float[Tensor, "m p"]:
+        """Turn the derivatives by the joined weights and biases into those by a member's own parameters."""
+        if self.first == "none":
+            return torch.cat([slope.flatten(1), total], dim=1)
+        weight, _, gain, shift = self._parts(theta)
+        by_weight = torch.addcmul(total[..., None] * shift[:, None], slope, gain[:, None])
+        by_gain, by_shift = (weight * slope).sum(1), (weight * total[..., None]).sum(1)
+        return torch.cat([by_weight.flatten(1), total, by_gain, by_shift], dim=1)
+
+    def frozen(self) -> Linear:
+        return replace(self, mean=self.mean.clone(), variance=self.variance.clone())
+
+    def _joined(self, theta: Float[Tensor, "m p"]) -> tuple[Float[Tensor, "mo d"], Float[Tensor, " mo"]]:
+        """Take what stands before the layer into weights and biases of all members, one below the other."""
+        weight, bias, gain, shift = self._parts(theta)
+        if self.first != "none":
+            bias = bias + (weight @ shift[..., None])[..., 0]
+            weight = weight * gain[:, None]
+        return weight.flatten(0, 1), bias.flatten()
+
+    def _parts(self, theta: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        size, d = self.width * self.dim, self.dim
+        weight, bias, rest = theta.tensor_split((size, size + self.width), dim=1)
+        return weight.unflatten(1, (self.width, d)), bias, rest[:, :d], rest[:, d:]
+
+    def _standardise(self, x: Float[Tensor, "n d"], *, learning: bool) -> Float[Tensor, "n d"]:
+        if self.first == "layer":
+            return F.layer_norm(x, (self.dim,))
+        if self.first == "batch":
+            # Writes to mean and variance when learning.
+            return F.batch_norm(x, self.mean, self.variance, training=learning, momentum=MOMENTUM)
+        return x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Member:
+    """One trained probe."""
+
+    rate: float
+    epoch: int
+    """After which it did best on the validation samples."""
+    score: float
+    """There; higher is better."""
+    theta: Float[Tensor, "1 p"]
+    net: Net
+
+
+def train_together(train: Table, val: Table, net: Net, readout: Readout, metric: str, recipe: Recipe) -> list[Member]:
+    """Train one probe per learning rate, each kept as it did best on the validation samples.
+
+    Tables must lie where the computing is to be done.
+    """
+    if not len(train) or not len(val):
+        raise InputError(f"{len(train)} samples to learn from and {len(val)} to validate with; wanted some of each")
+    train, val, device = train.checked(), val.checked(), train.y.device
+    generator = torch.Generator().manual_seed(recipe.seed)
+    rates = torch.tensor(recipe.rates, dtype=train.x.dtype, device=device)[:, None]
+    theta = net.start(generator).to(train.x).repeat(len(rates), 1)
+    adam = Adam(theta, recipe.weight_decay)
+    best: dict[int, Member] = {}
+    waited = np.zeros(len(rates), np.int64)
+    running = np.ones(len(rates), bool)
+    losses: list[Tensor] = []
+    for epoch in range(recipe.epochs):
+        held = plateau(losses)[:, None] if recipe.schedule == "plateau" and losses else torch.ones_like(rates)
+        batches = shuffled(len(train), recipe, generator)
+        for number, index in enumerate(batches):
+            gradient = net.gradient(theta, *train.batch(index, learning=True), readout)
+            adam.step(theta, gradient, rates_at(epoch + number / len(batches), rates, recipe) * held)
+        if (epoch + 1) % recipe.check_every and epoch + 1 < recipe.epochs:
+            continue
+        scores, loss = judge(theta, net, val, readout, metric, with_loss=recipe.schedule == "plateau")
+        losses.append(loss)
+        for m in (int(m) for m in np.flatnonzero(running)):
+            waited[m] += 1
+            if m not in best or scores[m] > best[m].score:
+                kept = theta[m : m + 1].clone()
+                best[m] = Member(rate=recipe.rates[m], epoch=epoch + 1, score=scores[m], theta=kept, net=net.frozen())
+                waited[m] = 0
+        if recipe.patience is not None and epoch + 1 >= recipe.least_epochs:
+            running &= waited < recipe.patience
+        if not running.any():
+            break
+        if recipe.forget:
+            adam = Adam(theta, recipe.weight_decay)
+    return [best[m] for m in sorted(best)]
+
+
+def answers(member: Member, table: Table, readout: Readout) -> Answers:
+    """Give what a probe says of samples."""
+    sums, shares = [], []
+    for raw, y, grid in _read(member.theta, member.net, table, readout):
+        (found,) = readout.sums(raw, y, grid)
+        sums.append(found.sum(0, keepdims=True) if readout.task == "classification" else found)
+        if readout.task == "multilabel":
+            shares.append(raw[:, 0].sigmoid().cpu().numpy())
+    truth = table.y.cpu().numpy() > 0.5 if shares else None
+    return Answers(
+        task=readout.task, sums=np.concatenate(sums), scores=np.concatenate(shares) if shares else None, truth=truth
+    )
+
+
+def judge(
+    theta: Float[Tensor, "m p"], net: Net, table: Table, readout: Readout, metric: str, *, with_loss: bool = False
+) -> tuple[list[float], Float[Tensor, " m"]]:
+    """Score every member, higher is better, and give its mean loss where wanted."""
+    total: list[np.ndarray | float] = [0.0] * len(theta)
+    loss, count = theta.new_zeros(len(theta)), 0
+    for raw, y, grid in _read(theta, net, table, readout):
+        total = [t + s.sum(0) for t, s in zip(total, readout.sums(raw, y, grid), strict=True)]
+        if with_loss:
+            part, number = readout.loss(raw, y, grid)
+            loss, count = loss + part, count + number
+    figure = FIGURES[readout.task][metric]
+    return [better(metric, float(figure(np.asarray(t)))) for t in total], loss / max(count, 1)
+
+
+def _read(
+    theta: Float[Tensor, "m p"], net: Net, table: Table, readout: Readout
+) -> Iterator[tuple[Tensor, Tensor, Sequence[int]]]:
+    """Read off all members, as many samples at a time as memory allows."""
+    rows, cols = table.grid
+    pixels = table.y[0].numel() if table.y.ndim == 3 else 1
+    width = len(theta) * readout.classes * max(pixels, rows * cols * readout.side**2)
+    for index in torch.arange(len(table)).split(max(1, _ELEMENTS // width)):
+        x, y = table.batch(index, learning=False)
+        yield net.outputs(theta, x), y, x.shape[:3]
+
+
+class Adam:
+    """AdamW over the rows of a matrix, each with its own rate; what torch's does with separate parameters."""
+
+    def __init__(self, theta: Float[Tensor, "m p"], weight_decay: float) -> None:
+        self.mean, self.square, self.change = (torch.zeros_like(theta) for _ in range(3))
+        self.weight_decay, self.steps = weight_decay, 0
+
+    def step(self, theta: Float[Tensor, "m p"], gradient: Float[Tensor, "m p"], rates: Float[Tensor, "m 1"]) -> None:
+        """Change `theta` in place."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - BETAS[0])
+        self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        change = torch.sqrt(self.square, out=self.change)
+        change.div_(math.sqrt(1 - BETAS[1] ** self.steps)).add_(EPS)
+        torch.div(self.mean, change, out=change).mul_(rates / (1 - BETAS[0] ** self.steps))
+        theta.mul_(1 - rates * self.weight_decay).sub_(change)
+
+
+def shuffled(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[Int[Tensor, " b"], ...]:
+    """Deal samples into batches anew; a single last sample, which has no statistics, is left out."""
+    batches: tuple[Tensor, ...] = torch.randperm(count, generator=generator).split(recipe.batch)
+    short = len(batches[-1]) < recipe.batch and (recipe.drop_last or len(batches[-1]) == 1)
+    return batches[:-1] if short and len(batches) > 1 else batches
+
+
+def rates_at(epoch: float, rates: Float[Tensor, "m 1"], recipe: Recipe) -> Float[Tensor, "m 1"]:
+    """Give the learning rates at a fractional epoch.
+
+    cosine (OlmoEarth): from 0 over a tenth of the epochs, then down to `FLOOR` along half a cosine, batch by batch.
+    epoch_cosine (AnySat): from 0 over the first 20 epochs, then down to 0, epoch by epoch; its first epoch has rate 0.
+    """
+    if recipe.schedule == "plateau":
+        return rates
+    if recipe.schedule == "epoch_cosine":
+        whole = int(epoch)
+        if whole < _RISE:
+            return rates * (whole / (_RISE - 1))
+        return rates * (0.5 * (1 + math.cos(math.pi * (whole - _RISE) / max(recipe.epochs - _RISE, 1))))
+    warm = WARM * recipe.epochs
+    if epoch < warm:
+        return rates * (epoch / warm)
+    return FLOOR + (rates - FLOOR) * (0.5 * (1 + math.cos(math.pi * (epoch - warm) / (recipe.epochs - warm))))
+
+
+def plateau(losses: Sequence[Float[Tensor, " m"]], *, patience: int = 10, factor: float = 0.1) -> Float[Tensor, " m"]:
+    """Tell by what rates are multiplied after these validation losses: each time that none was better for a while.
+
+    As torch's ReduceLROnPlateau does, with its threshold of 1e-4 relative to the best.
+    """
+    best = torch.full_like(losses[0], torch.inf)
+    waited, held = torch.zeros_like(best), torch.ones_like(best)
+    for loss in losses:
+        improved = loss < best * (1 - 1e-4)
+        best = torch.where(improved, loss, best)
+        waited = torch.where(improved, 0.0, waited + 1)
+        held = torch.where(waited > patience, held * factor, held)
+        waited = torch.where(waited > patience, 0.0, waited)
+    return held

@@ -1,0 +1,1 @@
+"""A pretrained encoder, taught a task of one's own."""

@@ -1,0 +1,124 @@
+"""How well a fine-tuned model does on a part of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from panterra.evaluate import metrics
+from panterra.evaluate.metrics import Interval
+from panterra.finetune.examples import Examples, Part
+from panterra.finetune.model import FineTuned
+from panterra.finetune.tasks import LossOptions, Task
+from panterra.sample import collate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a part of the examples gives: the mean loss, and sums per sample."""
+
+    loss: float
+    tallies: np.ndarray
+    """As the task's tally makes them, [n, ...]."""
+    blocks: np.ndarray
+    """Of each sample, [n]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReport:
+    """Figures of one part, with 95 % intervals over resampled blocks."""
+
+    num_samples: int
+    num_blocks: int
+    num_targets: int
+    """Labelled cells, or samples."""
+    metrics: dict[str, Interval]
+    classes: dict[str, dict[str, float]]
+    """Support, precision, recall, f1 and iou of each class by name; NaN where undefined."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Rows are the true classes, columns the predicted ones; empty unless each target has one class."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return asdict(self)
+
+
+def score(
+    model: FineTuned,
+    examples: Examples,
+    part: Part,
+    *,
+    batch_size: int,
+    options: LossOptions | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Scores:
+    """Predict a part of the examples, in float32 and without augmentation."""
+    task, index = examples.task, examples.of(part)
+    device = next(model.parameters()).device
+    tallies, losses, weights = [], 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(index), batch_size):
+            some = [examples[int(i)] for i in index[start : start + batch_size]]
+            target = torch.cat([sample.target for sample in some])
+            scores = model(collate([sample.batch for sample in some]).to(device))
+            tallies.append(task.tally(scores, target.to(device)))
+            if options is not None:
+                losses += float(task.loss(scores, target.to(device), options)) * len(some)
+                weights += len(some)
+            if advance:
+                advance(len(some))
+    return Scores(
+        loss=losses / weights if weights else float("nan"),
+        tallies=np.concatenate(tallies),
+        blocks=examples.blocks[index],
+    )
+
+
+def deciding_figure(task: Task, scores: Scores) -> float:
+    """Give the figure that decides which epoch is best, so that higher is better; undefined ones are worst."""
+    value = float(task.figures[task.best](scores.tallies.sum(0)))
+    value = value if task.higher_is_better else -value
+    return value if np.isfinite(value) else -np.inf
+
+
+def report(task: Task, scores: Scores, names: tuple[str, ...], *, resamples: int = 1000, seed: int = 42) -> PartReport:
+    """Sum up a part: the task's figures with intervals over blocks, and each class on its own."""
+    _, block = np.unique(scores.blocks, return_inverse=True)
+    by_block = np.zeros((block.max() + 1, *scores.tallies.shape[1:]), scores.tallies.dtype)
+    np.add.at(by_block, block.reshape(-1), scores.tallies)
+    total, classes = by_block.sum(0), dict[str, dict[str, float]]()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if task.answer == "classes":
+        per_class = metrics.per_class(total)
+        classes = {name: {f: float(v[k]) for f, v in per_class.items()} for k, name in enumerate(names)}
+        confusion = tuple(tuple(int(n) for n in row) for row in total)
+    elif task.answer == "labels":
+        classes = {name: _label_figures(*(int(n) for n in total[k])) for k, name in enumerate(names)}
+    return PartReport(
+        num_samples=len(scores.tallies),
+        num_blocks=len(by_block),
+        num_targets=int({"classes": total.sum(), "values": total.flat[0], "labels": len(scores.tallies)}[task.answer]),
+        metrics={
+            name: metrics.bootstrap(figure, by_block, n=resamples, seed=seed) for name, figure in task.figures.items()
+        },
+        classes=classes,
+        confusion=confusion,
+    )
+
+
+def _label_figures(hit: int, support: int, guessed: int) -> dict[str, float]:
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else float("nan")
+
+    return {
+        "precision": ratio(hit, guessed),
+        "recall": ratio(hit, support),
+        "f1": ratio(2 * hit, support + guessed),
+        "iou": ratio(hit, support + guessed - hit),
+        "support": float(support),
+    }

@@ -1,0 +1,155 @@
+"""Which parameters are trained, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from panterra.errors import InputError
+from panterra.finetune.augment import Augmentation
+from panterra.finetune.lora import add_lora
+from panterra.finetune.model import FineTuned
+
+Method = Literal["full", "head", "lora"]
+Precision = Literal["float32", "bfloat16"]
+
+
+# Loading a model freezes all of it, so what its own training leaves alone has to be named here.
+NEVER_TRAINED = ("encodings.month", ".pad")
+"""Ends of the names of parameters that are tables or constants."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How a model is trained; each value changes the result."""
+
+    method: Method = "full"
+    """full: all weights; head: the head alone, on a frozen encoder; lora: the head and low-rank changes."""
+    epochs: int = 50
+    batch_size: int = 8
+    lr: float = 1e-3
+    """Peak of the head's learning rate."""
+    encoder_lr: float | None = None
+    """Peak in the encoder's last layer; 1e-4, or 1e-3 with LoRA, unless given."""
+    layer_decay: float = 0.75
+    """From each layer of the encoder to the one below; 1 trains all alike. LoRA's changes are all trained alike."""
+    head_first: int = 5
+    """Epochs in which the head learns alone, before the encoder moves."""
+    weight_decay: float = 0.05
+    """Of matrices; biases and norms have none."""
+    warmup: float = 0.1
+    """Share of all steps in which the rate rises."""
+    clip_norm: float = 1.0
+    patience: int = 10
+    """Epochs without a better validation figure after which it is enough."""
+    rank: int = 8
+    """Of LoRA."""
+    alpha: float = 16.0
+    """LoRA's change counts alpha / rank times."""
+    class_weights: Literal["none", "balanced"] | Mapping[str, float] = "none"
+    """balanced: as rare as a class is in the training part; or by class name, 1 where a name is missing."""
+    label_smoothing: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    precision: Precision = "float32"
+    """bfloat16: autocast; parameters, scores and losses stay in float32."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.method not in ("full", "head", "lora") or self.precision not in ("float32", "bfloat16"):
+            raise InputError(
+                f"method is {self.method!r} and precision {self.precision!r}; wanted full, head or lora, and float32 "
+                "or bfloat16"
+            )
+        if min(self.epochs, self.batch_size, self.patience) < 1 or self.head_first < 0:
+            raise InputError("epochs, batch_size and patience must be 1 or more, and head_first 0 or more")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup < 1:
+            raise InputError(
+                f"layer_decay is {self.layer_decay}, label_smoothing {self.label_smoothing} and warmup {self.warmup}; "
+                "wanted above 0 and up to 1, from 0 to below 1, and from 0 to below 1"
+            )
+
+    @property
+    def frozen_epochs(self) -> int:
+        """Epochs in which the encoder stays as it is."""
+        return self.epochs if self.method == "head" else min(self.head_first, self.epochs)
+
+    @property
+    def encoder_peak(self) -> float:
+        return self.encoder_lr if self.encoder_lr is not None else 1e-3 if self.method == "lora" else 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """The parameters that a run trains, by their names in the model, and the peak of each one's learning rate."""
+
+    parameters: dict[str, nn.Parameter]
+    peaks: dict[str, float]
+
+    def encoder(self) -> list[nn.Parameter]:
+        """List those of the encoder."""
+        return [p for name, p in self.parameters.items() if name.startswith("encoder.")]
+
+
+def prepare(model: FineTuned, tuning: Tuning) -> Trained:
+    """Choose what is trained, mark it so, and add LoRA's changes where asked for."""
+    encoder = model.encoder
+    encoder.requires_grad_(False)
+    model.head.requires_grad_(True)
+    peaks = {f"head.{name}": tuning.lr for name, _ in model.head.named_parameters()}
+    if tuning.method == "full":
+        scales = layer_scales(encoder, tuning.layer_decay)
+        peaks |= {f"encoder.{name}": tuning.encoder_peak * scale for name, scale in scales.items()}
+    elif tuning.method == "lora":
+        added = {id(p) for p in add_lora(encoder, rank=tuning.rank, alpha=tuning.alpha)}
+        names = [name for name, p in encoder.named_parameters() if id(p) in added]
+        peaks |= {f"encoder.{name}": tuning.encoder_peak for name in names}
+    parameters = {name: p for name, p in model.named_parameters() if name in peaks}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    return Trained(parameters=parameters, peaks=peaks)
+
+
+def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
+    """Give each parameter's share of the learning rate: 1 above the last block, `decay` less with each layer below.
+
+    Layers are the transformer blocks, in the order in which the encoder names them; what comes before them (patch
+    embeddings, tokens) is the lowest layer of all (Clark et al. 2020; Bao et al. 2022).
+    """
+    layer, last, order = 0, "", {}
+    for name, _ in encoder.named_parameters():
+        if name.endswith(NEVER_TRAINED):
+            continue
+        block = _block_of(name)
+        if block and block != last:
+            layer, last = layer + 1, block
+        elif not block and last:
+            # Behind the blocks: a layer of its own at the top, unless further blocks follow.
+            layer, last = layer + 1, ""
+        order[name] = layer
+    top = max(order.values(), default=0)
+    return {name: decay ** (top - depth) for name, depth in order.items()}
+
+
+def _block_of(name: str) -> str:
+    """Name the transformer block that a parameter is in, if any: "blocks.3" of "blocks.3.mlp.fc1.weight"."""
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts[:-1]) if part == "blocks" and parts[i + 1].isdigit()]
+    return ".".join(parts[: places[-1] + 2]) if places else ""
+
+
+def make_optimiser(trained: Trained, tuning: Tuning) -> torch.optim.AdamW:
+    """Make an AdamW with one group per learning rate and kind of parameter."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trained.parameters.items():
+        groups.setdefault((trained.peaks[name], tuning.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    made = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    return torch.optim.AdamW(made, fused=True)
+
+
+def peaks_of(optimiser: torch.optim.Optimizer) -> list[float]:
+    """List the groups' learning rates before any schedule."""
+    return [float(group["lr"]) for group in optimiser.param_groups]

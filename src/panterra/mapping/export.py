@@ -1,0 +1,395 @@
+"""An encoder as a file that other engines run, published only where it gives what the encoder gives."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from torch import Tensor
+
+import panterra
+from panterra.errors import InputError
+from panterra.mapping.export_graphs import graph_of
+from panterra.modalities import MODALITIES
+from panterra.models.anysat import AnySat
+from panterra.models.anysat_sensors import sensor_of
+from panterra.models.exported import (
+    ENGINES,
+    FILES,
+    FORMAT,
+    Engine,
+    Exported,
+    Precision,
+    Signature,
+    file_checksum,
+    open_exported,
+    prepare,
+)
+from panterra.models.features import Features
+from panterra.models.olmoearth import OlmoEarth
+from panterra.models.weights import MODELS, Model, passport
+from panterra.planet import CRS, SENSORS, Planet
+from panterra.sample import Batch, Observation, collate, to_date
+
+OPSET = 18
+"""Of ONNX: old enough for every engine of the last years."""
+SAMPLES = 4
+"""How many samples an export is compared on: as imaged, with holes, with dates and a modality absent, without data."""
+CALIBRATION = 16
+"""How many other samples the ranges of int8 are fitted to, where they are fitted."""
+MAX_DIFFERENCE = 1e-3
+"""What float32 exports may differ from the encoder by, as a share of its features' root mean square."""
+MIN_COSINE: Mapping[Precision, float] = {"float32": 0.99999, "bfloat16": 0.98, "int8": 0.95}
+"""How similar each patch's vector must be to the encoder's."""
+
+_NEEDS: Mapping[tuple[Engine, Precision], tuple[str, ...]] = {
+    ("torch", "float32"): (),
+    ("torch", "bfloat16"): (),
+    ("onnx", "float32"): ("onnx", "onnxscript", "onnxruntime"),
+    ("onnx", "int8"): ("onnx", "onnxscript", "onnxruntime"),
+    ("openvino", "float32"): ("onnx", "onnxscript", "openvino"),
+    ("openvino", "bfloat16"): ("onnx", "onnxscript", "openvino"),
+    ("openvino", "int8"): ("onnx", "onnxscript", "openvino", "nncf"),
+}
+"""What writing in a format and type takes; what is not listed cannot be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equality:
+    """How far an export is from the encoder it was made from."""
+
+    max_difference: float
+    """The largest, over all numbers of patches and summaries."""
+    relative_difference: float
+    """The same as a share of the root mean square of the encoder's features."""
+    min_cosine: float
+    """Of the patch that is least similar to the encoder's."""
+    mean_cosine: float
+    tolerance: Mapping[str, float]
+    """What was allowed."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export may be used in place of the encoder."""
+        allowed = self.tolerance.get("relative_difference", float("inf"))
+        return self.relative_difference <= allowed and self.min_cosine >= self.tolerance["min_cosine"]
+
+
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    engine: Engine,
+    modalities: Sequence[str],
+    dates: int = 4,
+    window_px: int = 64,
+    patch_m: float = 40,
+    dtype: Precision = "float32",
+    batch: int | None = None,
+    overwrite: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> tuple[Exported, Equality]:
+    """Write an encoder, its normalisation inside, as a folder that `load_model` opens; give it and how equal it is.
+
+    Inputs are windows of `window_px` pixels of 10 m with up to `dates` images of each modality, `batch` of them at a
+    time (None: any number). The file is opened again and compared with the encoder on imagery of the planet, with and
+    without missing data; nothing appears under `out` unless it is whole and equal within the tolerance of its type.
+    Raises InputError for what cannot be exported, and for an export that is not equal.
+    """
+    out, tell = Path(out), note or (lambda text: None)
+    _check_request(engine, dtype, out, overwrite=overwrite)
+    if min(dates, window_px, batch or 1) < 1 or not modalities:
+        raise InputError(
+            f"{dates} dates, {window_px} px, batch {batch} and modalities {list(modalities)} came; wanted 1 or more"
+        )
+    if unknown := [m for m in modalities if m not in MODALITIES]:
+        raise InputError(f"no modality {unknown[0]!r}; {model.name} takes {', '.join(model.modalities)}")
+    if isinstance(model, AnySat) and (missing := model.missing_statistics(modalities)):
+        raise InputError(
+            f"{model.name} has no statistics of {', '.join(missing)}, which an export needs inside; take them from a "
+            "scene or a probe (--statistics)"
+        )
+    slots = isinstance(model, OlmoEarth) and model.encodings.slots
+    signature = Signature(
+        modalities=tuple(dict.fromkeys(modalities)),
+        dates=dates,
+        window_px=window_px,
+        patch_m=patch_m,
+        batch=batch,
+        slots=slots,
+    )
+    tell("making imagery to compare on")
+    samples = planet_samples(signature)
+    config = _describe(model, signature, engine, dtype)
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+    with torch.inference_mode():
+        wanted = model.encode(samples, patch_m=patch_m)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+    try:
+        fresh = work / out.name
+        fresh.mkdir()
+        tell(f"writing {' and '.join(FILES[engine])}")
+        with _quiet():
+            _WRITERS[engine](model, signature, fresh / FILES[engine][0], dtype)
+        config["files"] = {name: file_checksum(fresh / name) for name in FILES[engine]}
+        _save(fresh, config)
+        tell("comparing it with the encoder")
+        equality = compare(wanted, open_exported(fresh).encode(samples, patch_m=patch_m), dtype)
+        if not equality.passed:
+            raise InputError(
+                f"the export differs too much from {model.name}: by {equality.relative_difference:.2g} of the size of "
+                f"features, cosine {equality.min_cosine:.4f} at worst, where {dict(equality.tolerance)} is allowed; "
+                "nothing was written: choose another dtype or format"
+            )
+        _save(fresh, config | {"equality": asdict(equality)})
+        if out.exists():
+            out.replace(work / "replaced")
+        fresh.replace(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return open_exported(out), equality
+
+
+def compare(wanted: Features, found: Features, dtype: Precision) -> Equality:
+    """Measure how far features are from those that are wanted. Raises InputError where other patches have data."""
+    if not torch.equal(wanted.valid, found.valid):
+        raise InputError("the export finds data in other patches than the encoder does; nothing was written")
+    a, b = (torch.cat([f.patches[wanted.valid], f.summary[wanted.valid.any(2).any(1)]]) for f in (wanted, found))
+    difference = float((a - b).abs().max())
+    cosine = F.cosine_similarity(a.double(), b.double(), dim=1)
+    tolerance = {"min_cosine": MIN_COSINE[dtype]}
+    if dtype == "float32":
+        tolerance["relative_difference"] = MAX_DIFFERENCE
+    return Equality(
+        max_difference=difference,
+        relative_difference=difference / float(a.square().mean().sqrt()),
+        min_cosine=float(cosine.min()),
+        mean_cosine=float(cosine.mean()),
+        tolerance=tolerance,
+    )
+
+
+def planet_samples(signature: Signature) -> Batch:
+    """Image the planet as an export takes it: once as it is, once with holes, once with less, once without any data.
+
+    Of a modality that the planet does not show, pixels are drawn from what is plausible.
+    """
+    samples = collate([_look(signature, place) for place in range(SAMPLES)])
+    absent = signature.modalities[-1] if len(signature.modalities) > 1 else None
+    for m, o in samples.observations.items():
+        height, width = o.valid.shape[-2:]
+        o.valid[1, 0, : height // 3], o.valid[1, -1, :, width // 2 :] = False, False
+        o.valid[2, -1] = False
+        o.valid[2, :] &= m != absent
+        o.valid[3] = False
+        o.pixels[:] = torch.where(o.valid[:, :, None], o.pixels, torch.nan)
+    return samples
+
+
+def _look(signature: Signature, place: int) -> Batch:
+    planet, generator = Planet(seed=7, clouds=0.2), torch.Generator().manual_seed(place)
+    observations = {}
+    for order, m in enumerate(signature.modalities):
+        t, c, h, w = signature.shape(m)
+        # Two sensors rarely look on one day: some of their images share a slot of the time axis, and some do not.
+        days = [19480 + 365 * i // t + (3 + 17 * place) * order for i in range(t)]
+        pixel = signature.window_px * signature.pixel_m / h
+        if m in SENSORS:
+            ground = planet.ground(GeoBox((h, w), Affine(pixel, 0, 460000 + 20000 * place, 0, -pixel, 5295740), CRS))
+            images = [planet.observe(m, ground, to_date(day)) for day in days]
+            pixels, valid = (torch.from_numpy(np.stack(parts)) for parts in zip(*images, strict=True))
+        else:
+            low, high = MODALITIES[m].plausible or (0.0, 1.0)
+            pixels = low + (high - low) * torch.rand(t, c, h, w, generator=generator)
+            valid = torch.ones(t, h, w, dtype=torch.bool)
+        observations[m] = Observation(pixels=pixels[None].float(), dates=torch.tensor([days]), valid=valid[None])
+    return Batch(observations=observations, pixel_m=signature.pixel_m)
+
+
+def _check_request(engine: Engine, dtype: Precision, out: Path, *, overwrite: bool) -> None:
+    if engine not in ENGINES:
+        raise InputError(f"no format {engine!r}; choose one of {', '.join(ENGINES)}")
+    if (engine, dtype) not in _NEEDS:
+        able = ", ".join(other for format, other in _NEEDS if format == engine)
+        raise InputError(f"{engine} cannot be written in {dtype}; choose one of {able}, or another format")
+    if absent := [name for name in _NEEDS[engine, dtype] if importlib.util.find_spec(name) is None]:
+        extra = "" if absent == ["nncf"] else "; install panterra[export]"
+        raise InputError(f"{engine} in {dtype} needs {', '.join(absent)}: pip install {' '.join(absent)}{extra}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
+
+
+def _describe(model: Model, signature: Signature, engine: Engine, dtype: Precision) -> dict[str, Any]:
+    about, card = passport(model), MODELS.get(model.name)
+    batch = signature.batch or "batch"
+    inputs: list[dict[str, Any]] = []
+    meaning: dict[str, dict[str, Any]]
+    for name, (kind, shape) in signature.inputs().items():
+        modality, what = name.rsplit("_", 1)
+        spec = MODALITIES[modality]
+        meaning = {
+            "pixels": {"unit": spec.unit, "bands": list(spec.band_names)},
+            "dates": {"unit": "days since 1970-01-01"},
+            "valid": {"unit": "true where data"},
+            "slots": {"unit": "number of the date on the axis that the modalities share"},
+        }
+        inputs.append(
+            {"name": name, "dtype": str(kind).removeprefix("torch."), "shape": [batch, *shape], **meaning[what]}
+        )
+    rows = round(signature.window_px * signature.pixel_m / signature.patch_m)
+    outputs = [
+        {"name": "patches", "dtype": "float32", "shape": [batch, rows, rows, model.dim]},
+        {"name": "summary", "dtype": "float32", "shape": [batch, model.dim]},
+        {"name": "valid", "dtype": "bool", "shape": [batch, rows, rows]},
+    ]
+    sensors = {}
+    if isinstance(model, AnySat):
+        sensors = {m: s.name for m in signature.modalities if (s := sensor_of(m, model.sensors)) is not None}
+    packages = ("torch", *_NEEDS[engine, dtype])
+    return {
+        "format": FORMAT,
+        "name": model.name,
+        "family": about["family"],
+        "dim": model.dim,
+        "weights_sha256": about["weights_sha256"],
+        "licence": model.licence,
+        "terms": card.terms if card else None,
+        "source": about["source"],
+        "engine": engine,
+        "opset": OPSET if engine == "onnx" else None,
+        "dtype": dtype,
+        "signature": asdict(signature),
+        "inputs": inputs,
+        "outputs": outputs,
+        "normalized_input": model.normalized_input,
+        "align_days": model.align_days if isinstance(model, OlmoEarth) else None,
+        "statistics": about.get("statistics", {}),
+        "sensors": sensors,
+        "versions": {"panterra": panterra.__version__, **{name: version(name) for name in packages}},
+    }
+
+
+def _save(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _trace(model: Model, signature: Signature, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
+    """Record the graph of an encoder."""
+    graph = graph_of(model, signature).eval()
+    size = {0: torch.export.Dim("batch", min=1, max=4096)} if signature.batch is None else None
+    shapes = dict.fromkeys(inputs, size)
+    # Where gradients are on, layers do not cut their work into parts that fit a cache, which the graph would keep.
+    with torch.enable_grad():
+        graph(dict(inputs))  # tables are made and kept at the first call; they must not be made of traced tensors
+        return torch.export.export(graph, (dict(inputs),), dynamic_shapes=(shapes,), strict=False)
+
+
+def _write_torch(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
+    inputs = _inputs(model, signature)
+    if dtype == "bfloat16":
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    torch.export.save(_trace(model, signature, inputs), path)
+
+
+def _write_onnx(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
+    inputs = _inputs(model, signature)
+    exact = path.with_suffix(".float32") if dtype == "int8" else path
+    torch.onnx.export(
+        _trace(model, signature, inputs),
+        f=exact,
+        input_names=list(inputs),
+        output_names=["patches", "summary", "valid"],
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    if dtype == "int8":
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        exact_graph = onnx.load(exact)
+        exact_graph.graph.ClearField("value_info")  # shapes that the exporter's own clean-up made untrue
+        # Only products with weights: scores and means of attention stay as they are.
+        quantize_dynamic(
+            exact_graph,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        exact.unlink()
+
+
+def _write_openvino(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
+    import openvino
+
+    # The reader of ONNX files is used since the converter of models reports its use over the network.
+    beside = path.with_suffix(".onnx")
+    _write_onnx(model, signature, beside, "float32")
+    found = openvino.Core().read_model(beside)
+    beside.unlink()
+    if dtype == "int8":
+        os.environ.setdefault("NNCF_CI", "1")  # the same
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        seen = _inputs(model, signature, first=SAMPLES, count=CALIBRATION)
+        size = signature.batch or 1
+        parts = [
+            {name: x[i : i + size].numpy() for name, x in seen.items()} for i in range(0, CALIBRATION - size + 1, size)
+        ]
+        found = nncf.quantize(found, nncf.Dataset(parts), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(parts))
+    openvino.save_model(found, path, compress_to_fp16=False)
+
+
+def _inputs(model: Model, signature: Signature, *, first: int = 0, count: int | None = None) -> dict[str, Tensor]:
+    """Image some places as the graph takes them."""
+    count = count or signature.batch or 2  # 1 would be taken for a size that never changes
+    samples = collate([_look(signature, place) for place in range(first, first + count)])
+    days = model.align_days if isinstance(model, OlmoEarth) else None
+    return prepare(samples, signature, align_days=days, name=model.name)
+
+
+_WRITERS: Mapping[Engine, Callable[[Model, Signature, Path, Precision], None]] = {
+    "torch": _write_torch,
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what exporters tell their own developers from the person in front of the terminal."""
+    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

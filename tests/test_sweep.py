@@ -1,0 +1,171 @@
+"""Probes trained together are those that torch's modules, autograd and AdamW give one after another."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from panterra.errors import InputError
+from panterra.evaluate.readout import Readout
+from panterra.evaluate.sweep import Linear, Recipe, answers, plateau, rates_at, train_together
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from probe_sweep import alone, made
+
+RATES = (1e-3, 1e-2, 1e-1)
+RECIPE = Recipe(rates=RATES, epochs=4, batch=8, check_every=2)
+# task, classes, cells along a side, label pixels along a side of a cell, metric, what stands before
+CASES = [
+    ("classification", 5, 1, 1, "accuracy", "batch"),
+    ("classification", 5, 1, 1, "macro_f1", "layer"),
+    ("multilabel", 4, 1, 1, "macro_f1", "batch"),
+    ("segmentation", 3, 4, 2, "mean_iou", "none"),
+    ("segmentation", 3, 4, 2, "mean_iou", "layer"),
+    ("regression", 1, 4, 1, "rmse", "none"),
+]
+
+
+def tables(task, classes, grid, side, samples=45):
+    made_ = [made(task, n, grid, side, 12, classes, "cpu", seed) for seed, n in enumerate((samples, 30))]
+    return [double(t) for t in made_]
+
+
+def double(table):
+    return as_type(table, torch.float64)
+
+
+def as_type(table, dtype):
+    return replace(table, x=table.x.to(dtype), y=table.y.to(dtype) if table.y.is_floating_point() else table.y)
+
+
+def unlabelled(table):
+    """Take some labels away, and the data of one cell."""
+    empty = torch.nan if table.y.is_floating_point() else -1
+    y, x = table.y.clone(), table.x.clone()
+    y[1, :3] = empty
+    x[2, 1, 2] = torch.nan
+    return replace(table, x=x, y=y)
+
+
+@pytest.mark.parametrize(("task", "classes", "grid", "side", "metric", "first"), CASES)
+def test_members_end_where_they_end_alone(task, classes, grid, side, metric, first):
+    train, val = tables(task, classes, grid, side)
+    if grid > 1:
+        train = unlabelled(train)
+    readout = Readout(task=task, classes=classes, side=side, centre=10.0 if task == "regression" else 0.0)
+    net = Linear.of(train, readout.outputs, first)
+    together = train_together(train, val, net, readout, metric, RECIPE)
+    assert [m.rate for m in together] == list(RATES)
+    for member in together:
+        single = alone(member.rate, train, val, Linear.of(train, readout.outputs, first), readout, metric, RECIPE)
+        torch.testing.assert_close(member.theta, single.theta, rtol=1e-7, atol=1e-9)
+        assert (member.epoch, member.score) == (single.epoch, pytest.approx(single.score, rel=1e-9))
+
+
+@pytest.mark.parametrize(("task", "classes", "grid", "side", "metric", "first"), CASES)
+def test_single_precision_is_enough(task, classes, grid, side, metric, first):
+    train, val = tables(task, classes, grid, side)
+    readout = Readout(task=task, classes=classes, side=side, centre=10.0 if task == "regression" else 0.0)
+    recipe = replace(RECIPE, epochs=2, rates=(1e-3, 1e-2))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        learned, kept = as_type(train, dtype), as_type(val, dtype)
+        net = Linear.of(learned, readout.outputs, first)
+        found.append(train_together(learned, kept, net, readout, metric, recipe))
+    for single, exact in zip(*found, strict=True):
+        torch.testing.assert_close(single.theta.double(), exact.theta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [8, 13, 5])
+def test_labels_of_other_sizes_are_met_by_resizing_as_torch_does(size):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(2 * 4 * 4, 3, 2 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(-1, 2, (2, size, size), generator=generator)
+    readout = Readout(task="segmentation", classes=2, side=2)
+    for m in range(3):
+        image = raw[:, m].view(2, 4, 4, 2, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 2, 8, 8)
+        image = F.interpolate(image, size=(size, size), mode="bilinear", align_corners=True)
+        (wanted,) = torch.autograd.grad(F.cross_entropy(image, y, ignore_index=-1), raw)
+        found = readout.residual(raw.detach(), y, (2, 4, 4))
+        torch.testing.assert_close(found[:, m], wanted[:, m], rtol=1e-6, atol=1e-9)
+        codes, truth = readout.answer(raw.detach(), y, (2, 4, 4))
+        assert (codes[:, m].sort(1).values == image.argmax(1).flatten(1).sort(1).values).all()
+        right = (codes[:, m] == truth).sum() == (image.argmax(1) == y).sum()
+        assert right
+
+
+def test_a_positive_quantity_is_learned_through_softplus():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(6, 1, 1, generator=generator, requires_grad=True)
+    y = torch.rand(6, 1, 1, generator=generator) * 5
+    (wanted,) = torch.autograd.grad(F.mse_loss(F.softplus(raw)[:, 0, 0], y[:, 0, 0]), raw)
+    readout = Readout(task="regression", classes=1, softplus=True)
+    torch.testing.assert_close(readout.residual(raw.detach(), y, (6, 1, 1)), wanted)
+    assert (readout.answer(raw.detach(), y, (6, 1, 1))[0] > 0).all()
+
+
+def test_rates_follow_the_published_curves():
+    base = torch.tensor([[0.1], [0.001]])
+    recipe = Recipe(epochs=50)
+    at = {e: rates_at(e, base, recipe)[:, 0].tolist() for e in (0, 2.5, 5, 27.5, 50)}
+    assert at[0] == [0, 0]
+    assert at[2.5] == pytest.approx([0.05, 0.0005])
+    assert at[5] == pytest.approx([0.1, 0.001])
+    assert at[27.5] == pytest.approx([(0.1 + 1e-5) / 2, (0.001 + 1e-5) / 2])
+    assert at[50] == pytest.approx([1e-5, 1e-5])
+    by_epoch = replace(recipe, schedule="epoch_cosine", epochs=200)
+    curve = [rates_at(e + 0.5, base, by_epoch)[0].item() / 0.1 for e in range(200)]
+    assert curve[:21:10] == pytest.approx([0, 10 / 19, 1])
+    assert curve[110] == pytest.approx(0.5)
+    assert curve[199] < 1e-3
+
+
+def test_the_plateau_is_that_of_torch():
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(0.9, 1.1, (60, 3)).cumsum(0) * [[0.001, -0.001, 0]] + rng.uniform(1, 1.01, (60, 3))
+    for m in range(3):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimiser = torch.optim.SGD([parameter], lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "min", factor=0.1, patience=10, eps=0)
+        for n, loss in enumerate(losses[:, m]):
+            optimiser.step()
+            scheduler.step(loss)
+            held = plateau([torch.tensor(row) for row in losses[: n + 1]])
+            assert held[m].item() == pytest.approx(optimiser.param_groups[0]["lr"])
+
+
+def test_a_member_that_waits_too_long_stops_alone():
+    train, val = tables("classification", 4, 1, 1)
+    readout = Readout(task="classification", classes=4)
+    recipe = Recipe(rates=(0.0, 1e-2), epochs=12, batch=8, check_every=1, patience=3, forget=False, schedule="plateau")
+    still, moving = train_together(train, val, Linear.of(train, 4, "layer"), readout, "accuracy", recipe)
+    assert still.epoch == 1
+    assert moving.score > still.score
+
+
+def test_the_best_member_predicts():
+    train, val = tables("multilabel", 4, 1, 1, samples=200)
+    readout = Readout(task="multilabel", classes=4)
+    recipe = Recipe(rates=RATES, epochs=10, batch=16)
+    members = train_together(train, val, Linear.of(train, 4, "batch"), readout, "macro_f1", recipe)
+    best = max(members, key=lambda m: m.score)
+    figures = answers(best, val, readout).figures(resamples=50)
+    assert figures["macro_f1"].estimate == pytest.approx(best.score)
+    assert figures["average_precision"].low < figures["average_precision"].estimate <= 1
+
+
+def test_there_must_be_something_to_learn_from():
+    train, val = tables("classification", 4, 1, 1)
+    with pytest.raises(InputError, match="0 samples to learn from and 30"):
+        train_together(
+            train.take(np.array([], int)),
+            val,
+            Linear.of(train, 4, "none"),
+            Readout(task="classification", classes=4),
+            "accuracy",
+            RECIPE,
+        )
