@@ -47,7 +47,10 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (demo.demo, "panterra demo --scene my-scene --labels plots.gpkg --model olmoearth-v1.2-tiny"),
     (models.models, "panterra models"),
     (doctor.doctor, "panterra doctor scene --model olmoearth-v1.2-nano --repair repaired"),
-    (fetch.fetch, "panterra fetch --from-files s2_*.tif --out scene --modality sentinel2_l2a"),
+    (
+        fetch.fetch,
+        "panterra fetch --aoi area.geojson --dates 2024-01/2024-12 --modalities sentinel2_l2a sentinel1 --out scene",
+    ),
     (plan.plan, "panterra plan scene --model olmoearth-v1.2-nano --country FRA"),
     (embed.embed, "panterra embed scene --model olmoearth-v1.2-nano --out embeddings.zarr --dtype int8"),
     (search.search, "panterra search embeddings.zarr --like points.geojson --top 100 --out found.geojson"),

@@ -35,11 +35,13 @@ def probe(
     """Fit a probe to labels and report what it scores where it has not been."""
     from panterra.commands.probe import as_embeddings, fit_to_labels
     from panterra.commands.terminal import show_json, show_table
+    from panterra.energy import recorded
 
     store = as_embeddings(source, beside=out, model=model, random=random, patch_m=patch_m)
-    fitted = fit_to_labels(
-        store, labels, column=column, kind=kind, split=split, block_m=block_m, folds=folds, seed=seed
-    )
+    with recorded("probe", model=model):
+        fitted = fit_to_labels(
+            store, labels, column=column, kind=kind, split=split, block_m=block_m, folds=folds, seed=seed
+        )
     fitted.probe.save(out)
     report = fitted.report
     if as_json:

@@ -10,6 +10,7 @@ from typing import Any
 
 from panterra.commands.evaluation_page import METRICS, choice, figure, write_page
 from panterra.commands.terminal import note, progress_bar
+from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.evaluate.suite import Plan, Row, evaluate
 
@@ -49,7 +50,7 @@ COLUMNS = (
 
 def run_evaluate(plan: Plan, out: Path, *, cache: Path | None) -> dict[str, Any]:
     """Fill the table, write it beside a page about it, and give everything as plain JSON."""
-    with progress_bar("embedding") as progress:
+    with recorded("evaluate"), progress_bar("embedding") as progress:
         rows = evaluate(plan, out, cache=cache, note=note, progress=progress)
     write_csv(out / "results.csv", rows)
     report = write_page(out / "report.html", rows, settings=_settings(plan))

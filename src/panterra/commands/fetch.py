@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panterra.commands.terminal import progress_bar, show_table
+from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.imagery.providers import find_provider
 from panterra.imagery.pull import Pulled, Stage, list_pull, pull
@@ -39,7 +40,7 @@ def run_fetch(
     """Fetch imagery into a scene, with a bar for each stage."""
     if out is None:
         raise InputError("say where the scene is to be written: --out FOLDER (or look first, with --list)")
-    with _bars() as stage:
+    with recorded("fetch"), _bars() as stage:
         return pull(
             wish,
             [find_provider(name) for name in split_names(sources)],

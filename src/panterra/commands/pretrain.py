@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from panterra.commands.pretrain_anysat import (
 )
 from panterra.commands.terminal import show_table
 from panterra.data.olmoearth_h5 import open_corpus
+from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.recipes import ABLATED, ABLATIONS, RECIPES, recipe
 from panterra.recipes.anysat import AnySatRecipe
@@ -59,10 +61,23 @@ def run_pretrain(
     options: Options,
 ) -> TrainResult:
     """Train, going on from where an earlier start of the same run was; at the end, export the model and its card."""
-    if isinstance(settings, AnySatRecipe):
+    first = is_first_rank()
+    with recorded("pretrain", model=settings.name, country=options.country) if first else nullcontext():
+        if isinstance(settings, OlmoEarthRecipe):
+            return _run_olmoearth(settings, data, out, labelled, check_every, options)
         if labelled is not None:
             raise InputError("nearest neighbours on the way are for OlmoEarth's runs; leave out --labelled")
         return run_anysat(settings, [str(path) for path in data], out, options)
+
+
+def _run_olmoearth(
+    settings: OlmoEarthRecipe,
+    data: Sequence[str | Path],
+    out: Path,
+    labelled: Path | None,
+    check_every: int,
+    options: Options,
+) -> TrainResult:
     if not data:
         raise InputError(f"{settings.name} needs a corpus; give its folder with --data, or count with --dry-run")
     corpora = [open_corpus(folder) for folder in data]
