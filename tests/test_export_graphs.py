@@ -91,10 +91,11 @@ def check(model: OlmoEarth | AnySat, signature: Signature) -> None:
     assert wanted.valid[:3].any((1, 2)).all()
     with torch.no_grad():
         inputs = prepare(samples, signature, align_days=days, name="test")
-        patches, summary, valid = graph_of(model, signature)(inputs)
-    assert torch.equal(valid, wanted.valid)
-    torch.testing.assert_close(patches, wanted.patches, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(summary, wanted.summary, rtol=1e-4, atol=2e-5)
+        ways = [graph_of(model, signature, in_steps=in_steps)(inputs) for in_steps in (False, True)]
+    for patches, summary, valid in ways:
+        assert torch.equal(valid, wanted.valid)
+        torch.testing.assert_close(patches, wanted.patches, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(summary, wanted.summary, rtol=1e-4, atol=2e-5)
 
 
 def test_what_pixels_hold_where_they_are_not_valid_makes_no_difference():

@@ -293,9 +293,11 @@ def _save(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _trace(model: Model, signature: Signature, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
+def _trace(
+    model: Model, signature: Signature, inputs: Mapping[str, Tensor], *, in_steps: bool
+) -> torch.export.ExportedProgram:
     """Record the graph of an encoder."""
-    graph = graph_of(model, signature).eval()
+    graph = graph_of(model, signature, in_steps=in_steps).eval()
     size = {0: torch.export.Dim("batch", min=1, max=4096)} if signature.batch is None else None
     shapes = dict.fromkeys(inputs, size)
     # Where gradients are on, layers do not cut their work into parts that fit a cache, which the graph would keep.
@@ -308,14 +310,14 @@ def _write_torch(model: Model, signature: Signature, path: Path, dtype: Precisio
     inputs = _inputs(model, signature)
     if dtype == "bfloat16":
         model = copy.deepcopy(model).to(torch.bfloat16)
-    torch.export.save(_trace(model, signature, inputs), path)
+    torch.export.save(_trace(model, signature, inputs, in_steps=False), path)
 
 
 def _write_onnx(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
     inputs = _inputs(model, signature)
     exact = path.with_suffix(".float32") if dtype == "int8" else path
     torch.onnx.export(
-        _trace(model, signature, inputs),
+        _trace(model, signature, inputs, in_steps=True),
         f=exact,
         input_names=list(inputs),
         output_names=["patches", "summary", "valid"],

@@ -44,15 +44,25 @@ Inputs = dict[str, Tensor]
 Outputs = tuple[Float[Tensor, "b h w d"], Float[Tensor, "b d"], Bool[Tensor, "b h w"]]
 """patches, summary and valid, as in `Features`; float32 whatever the precision inside."""
 
+NOWHERE = -1e9
+"""A score that leaves a key no share of attention, yet is a number where all keys have it."""
 
-def graph_of(model: OlmoEarth | AnySat, signature: Signature) -> nn.Module:
-    """Build the graph of an encoder for inputs of one shape. Raises InputError for what has no such graph."""
-    return OlmoEarthGraph(model, signature) if isinstance(model, OlmoEarth) else AnySatGraph(model, signature)
+
+def graph_of(model: OlmoEarth | AnySat, signature: Signature, *, in_steps: bool = False) -> nn.Module:
+    """Build the graph of an encoder for inputs of one shape, `in_steps` for engines other than torch.
+
+    Raises InputError for what has no such graph.
+    """
+    graph: OlmoEarthGraph | AnySatGraph
+    graph = OlmoEarthGraph(model, signature) if isinstance(model, OlmoEarth) else AnySatGraph(model, signature)
+    graph.in_steps = in_steps
+    return graph
 
 
 class OlmoEarthGraph(nn.Module):
     """OlmoEarth on images of one size, any of which may be missing."""
 
+    in_steps = False
     side: Tensor
     slot: Tensor
     place: Tensor
@@ -134,7 +144,7 @@ class OlmoEarthGraph(nn.Module):
             angle = None
             if model.rotary is not None:
                 angle = torch.einsum("bna,ahp->bnhp", where, model.rotary.frequencies[i].float())
-            x = x + attention(block.attn, block.norm1(x), angle, keys)
+            x = x + attention(block.attn, block.norm1(x), angle, keys, in_steps=self.in_steps)
             x = x + feed_forward(block.mlp, block.norm2(x))
         x = model.norm(x[:, extra:])
         return x if model.output is None else model.output(x)
@@ -148,15 +158,32 @@ def embed(part: PatchEmbedding, pixels: Float[Tensor, "b t c y x"], patch_px: in
 
 
 def attention(
-    part: Attention, x: Float[Tensor, "b n d"], angle: Float[Tensor, "b n _h pairs"] | None, keys: Bool[Tensor, "b n"]
+    part: Attention,
+    x: Float[Tensor, "b n d"],
+    angle: Float[Tensor, "b n _h pairs"] | None,
+    keys: Bool[Tensor, "b n"],
+    *,
+    in_steps: bool,
 ) -> Float[Tensor, "b n d"]:
-    """Attend to the keys that take part, queries and keys turned by real arithmetic alone."""
+    """Attend to the keys that take part, queries and keys turned by real arithmetic alone.
+
+    `in_steps` leaves out torch's own kernel, which other engines spell out with twice as many passes over all pairs.
+    """
     q, k, v = part.qkv(x).unflatten(-1, (3, part.heads, -1)).unbind(2)
     if part.q_norm is not None and part.k_norm is not None:
         q, k = part.q_norm(q), part.k_norm(k)
     if angle is not None:
         q, k = turn(q, angle), turn(k, angle)
-    out: Tensor = part.proj(attend(q, k, v, visible=keys).flatten(2))
+    if not in_steps:
+        found = attend(q, k, v, visible=keys)
+    else:
+        nowhere = torch.zeros_like(keys, dtype=q.dtype).masked_fill(~keys, NOWHERE)[:, :, None, None]
+        # As one more channel it costs no pass of its own over all pairs.
+        q = torch.cat([q * q.shape[-1] ** -0.5, torch.ones_like(q[..., :1])], dim=-1)
+        k = torch.cat([k, nowhere.expand_as(k[..., :1])], dim=-1)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        found = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+    out: Tensor = part.proj(found.flatten(2))
     return out
 
 
@@ -219,6 +246,8 @@ def _whole(x: Tensor, by: int) -> Tensor:
 class AnySatGraph(nn.Module):
     """AnySat on tiles of one size, of which any dates, pixels and sensors may be missing."""
 
+    in_steps = False
+
     def __init__(self, model: AnySat, signature: Signature) -> None:
         super().__init__()
         if model.missing != "masked":
@@ -240,7 +269,8 @@ class AnySatGraph(nn.Module):
             cells, visible = self._cells(self._on_own_pixels(o, m, sensor), m, sensor)
             side = sensor.side(grid.scale)
             cells = cells + places(side, side, sensor.place_m, model.dim).to(cells)
-            vectors = patch_vectors(model.patch_encoder, cells.flatten(0, 1), visible.flatten(0, 1))
+            flat = cells.flatten(0, 1), visible.flatten(0, 1)
+            vectors = patch_vectors(model.patch_encoder, *flat, in_steps=self.in_steps)
             rows[m], seen[m] = vectors.unflatten(0, cells.shape[:2]), visible.any(2)
         order = sorted(self.sensors, key=lambda m: not self.sensors[m].whole)
         extent = [m for m in order if not self.sensors[m].whole]
@@ -276,7 +306,7 @@ class AnySatGraph(nn.Module):
             if isinstance(block.attn, HeadAttention):
                 x = x + block.attn(block.norm1(x))
             else:
-                x = x + attention(block.attn, block.norm1(x), None, keys)
+                x = x + attention(block.attn, block.norm1(x), None, keys, in_steps=self.in_steps)
             x = x + feed_forward(block.mlp, block.norm2(x))
         index, part = buckets(grid.rows, grid.cols, extra), model.combiner
         index = torch.cat([index[:, :extra], index[:, extra:].repeat(1, tokens.shape[1] // len(index[extra:]))], dim=1)
@@ -285,7 +315,7 @@ class AnySatGraph(nn.Module):
             z.unflatten(-1, (part.heads, -1)).transpose(1, 2)
             for z in ((part.query + place).expand(x.shape[0], -1, -1), part.key(y), part.value(y))
         )
-        mixed = attend_by_distance(q, k, v, q[:, 0], part.distance, index, keys)
+        mixed = attend_by_distance(q, k, v, q[:, 0], part.distance, index, keys, in_steps=self.in_steps)
         out: Tensor = part.proj(mixed)
         return out + feed_forward(part.mlp, part.norm2(out))
 
@@ -306,7 +336,7 @@ class AnySatGraph(nn.Module):
 
 
 def patch_vectors(
-    part: PatchEncoder, tokens: Float[Tensor, "b n d"], visible: Bool[Tensor, "b n"]
+    part: PatchEncoder, tokens: Float[Tensor, "b n d"], visible: Bool[Tensor, "b n"], *, in_steps: bool
 ) -> Float[Tensor, "b d"]:
     """Encode the sub-patches of each patch into one vector."""
     index = buckets(math.isqrt(tokens.shape[1]), math.isqrt(tokens.shape[1]))
@@ -317,7 +347,8 @@ def patch_vectors(
         y = block.norm1(x)
         q, k, v = block.attn.qkv(y).unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
         query = q[:, 0] / math.sqrt(q.shape[-1])
-        x = x + block.attn.proj(attend_by_distance(q, k, v, query, block.attn.distance, index, keys))
+        mixed = attend_by_distance(q, k, v, query, block.attn.distance, index, keys, in_steps=in_steps)
+        x = x + block.attn.proj(mixed)
         x = x + feed_forward(block.mlp, block.norm2(x))
     first = x[:, 0] + last.attn.first(last.norm1(x), visible=keys)[:, 0]
     out: Tensor = part.norm(first + feed_forward(last.mlp, last.norm2(first)))
@@ -332,13 +363,18 @@ def attend_by_distance(
     table: Float[Tensor, "1 e k"],
     index: Int[Tensor, "n m"],
     keys: Bool[Tensor, "b m"],
+    *,
+    in_steps: bool,
 ) -> Float[Tensor, "b n d"]:
     """Attend with the score of each key's bucket added, which is one gather with indices that are known beforehand."""
     scores = (query @ table[0]).flatten(1)
     first = torch.arange(len(index))[:, None] * table.shape[2]
     bias = scores[:, (first + index).flatten()].unflatten(1, index.shape)[:, None]
-    mask = bias.masked_fill(~keys[:, None, None], -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    nowhere = torch.zeros_like(keys, dtype=q.dtype).masked_fill(~keys, NOWHERE)[:, None, None]
+    if not in_steps:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias + nowhere).transpose(1, 2).flatten(2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + (bias + nowhere)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def feed_forward(part: MLP, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
