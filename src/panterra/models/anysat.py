@@ -29,7 +29,7 @@ from panterra.models.anysat_sensors import (
 )
 from panterra.models.anysat_statistics import Statistics, fit_statistics
 from panterra.models.features import Features
-from panterra.models.layers import Block
+from panterra.models.layers import Block, works_in_place
 from panterra.sample import Batch, Observation
 
 Missing = Literal["masked", "published"]
@@ -250,7 +250,7 @@ class AnySat(nn.Module):
         """
         x = torch.cat([self.class_token.expand(len(whole), -1, -1), whole, tokens], dim=1)
         keys = None if visible is None else F.pad(visible, (1, 0), value=True)
-        in_place = not (torch.is_grad_enabled() or self.training)
+        in_place = not self.training and works_in_place(x)
         for block in cast(Iterable[Block], self.blocks):
             if in_place:
                 block.update(x, visible=keys)

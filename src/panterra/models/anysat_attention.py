@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from panterra.models.layers import MLP, ROWS, Attention, Block
+from panterra.models.layers import MLP, ROWS, Attention, Block, works_in_place
 
 Layout = Literal["tokens", "heads"]
 """tokens: softmax over the tokens of a sample, the usual attention. heads: over the heads of each token alone, which is
@@ -201,7 +201,7 @@ class PatchEncoder(nn.Module):
         index = buckets(side, side).to(tokens.device)
         x = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         keys = None if visible is None else F.pad(visible, (1, 0), value=True)
-        in_place = not (torch.is_grad_enabled() or self.training)
+        in_place = not self.training and works_in_place(x)
         blocks = cast(Sequence[PatchBlock], self.blocks)
         for block in blocks if dense else blocks[:-1]:
             if in_place:

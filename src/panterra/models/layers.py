@@ -197,6 +197,11 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     return gradient @ weight.to(gradient.dtype), rows.mT @ x.flatten(0, -2).to(gradient.dtype), rows.sum(0)
 
 
+def works_in_place(x: Tensor) -> bool:
+    """Say whether layers may write over what they are given: without gradients, and without changing types."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
 class MLP(nn.Module):
     """Two linear layers around an exact GELU."""
 

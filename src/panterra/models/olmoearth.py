@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.features import Features, Tokens
-from panterra.models.layers import Block
+from panterra.models.layers import Block, works_in_place
 from panterra.models.normalize import olmoearth_range
 from panterra.models.packed import Packed
 from panterra.models.patches import to_patches
@@ -466,7 +466,7 @@ class OlmoEarth(nn.Module):
             extra = len(self.registers)
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
             place = None if place is None else F.pad(place, (0, 0, extra, 0))
-        in_place = not (torch.is_grad_enabled() or self.training)
+        in_place = not self.training and works_in_place(x)
         turns: Iterable[Tensor | None] = itertools.repeat(None)
         if self.rotary is not None and place is not None:
             layers = (slice(i, i + 1) for i in range(len(self.blocks)))
