@@ -105,7 +105,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     px = MODELS[name]
     windows, classes = planet_windows(px, args.windows)
     model = load_model(name, random=0)
-    assert not isinstance(model, Exported)
+    assert isinstance(model, Model)
     if isinstance(model, AnySat):
         model = model.with_statistics(model.fit_statistics([windows]))
     encoders: dict[str, Encoder] = {"encoder:float32": model}

@@ -37,6 +37,8 @@ def export(
     encoder = load_model(model, random=random)
     if isinstance(encoder, Exported):
         raise InputError(f"{model} is an export already; give the model that it was made from")
+    if not isinstance(encoder, Model):
+        raise InputError(f"{model} is a network of another package; export takes OlmoEarth and AnySat models")
     if batch != "dynamic" and not (batch.isdecimal() and int(batch)):
         raise InputError(f"batch is {batch!r}; wanted a number from 1, or dynamic")
     exported, equality = export_encoder(

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from panterra.errors import InputError
+from panterra.models.adapters.adapter import Adapter, FittedAdapter, adapter_passport
+from panterra.models.adapters.offers import ADAPTERS, open_adapter
 from panterra.models.anysat import SIZES as ANYSAT_SIZES
 from panterra.models.anysat import AnySat, Missing, anysat_config
 from panterra.models.anysat_convert import ANYSAT_LICENCE, anysat_from_json, anysat_json, load_anysat
@@ -108,12 +110,13 @@ def load_model(
     attention: Attend = "masked",
     missing: Missing = "masked",
     random: int | None = None,
-) -> Model | Exported:
+) -> Model | Exported | Adapter | FittedAdapter:
     """Load an encoder, ready for inference.
 
     `name_or_path` is a name (`panterra models` lists them), a Hugging Face id, a folder with the published files
-    (`config.json` and `weights.pth`, or `AnySat.pth`), a checkpoint of AnySat's published training, or a folder that
-    `save_model` or `panterra export` wrote; an export can be used for nothing but encoding. `random` gives a named
+    (`config.json` and `weights.pth`, or `AnySat.pth`), a checkpoint of AnySat's published training, a folder that
+    `save_model` or `panterra export` wrote, or one of `panterra.models.adapters.offers.ADAPTERS`, networks of others
+    that come with their own packages. Exports and those can be used for nothing but encoding. `random` gives a named
     architecture random weights from that seed and downloads nothing.
     `dtype=torch.bfloat16` halves memory and time where the processor has it. `normalized_input` skips the
     normalisation, for inputs that already had it. `attention` (OlmoEarth, see `panterra.models.olmoearth.Attend`) and
@@ -126,6 +129,10 @@ def load_model(
         if (str(device), dtype, normalized_input, attention, missing) != ("cpu", None, False, "masked", "masked"):
             raise InputError(f"{name} is an export, whose device, precision and behaviour are fixed; leave them out")
         return open_exported(name)
+    if name.lower() in ADAPTERS and not Path(name).exists():
+        if (attention, missing) != ("masked", "masked"):
+            raise InputError(f"attention and missing are no behaviours of {name}; leave them out")
+        return _ready_adapter(open_adapter(name.lower(), random=random), device, dtype, normalized_input)
     if random is not None:
         model = _random(name, random)
     elif Path(name).is_dir():
@@ -142,6 +149,17 @@ def load_model(
     if value != "masked":
         raise InputError(f"{other}={value!r} is no behaviour of {model.name}'s family; leave it out")
     model.normalized_input = normalized_input
+    model.to(device=device, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _ready_adapter(
+    model: Adapter | FittedAdapter, device: str | torch.device, dtype: torch.dtype | None, normalized_input: bool
+) -> Adapter | FittedAdapter:
+    if normalized_input and isinstance(model, FittedAdapter):
+        raise InputError(f"{model.name} standardises by the data at hand; leave normalized_input out")
+    if isinstance(model, Adapter):
+        model.normalized_input = normalized_input
     model.to(device=device, dtype=dtype)
     return model.eval().requires_grad_(False)
 
@@ -176,6 +194,8 @@ def passport(model: Encoder) -> dict[str, Any]:
     elif isinstance(model, AnySat):
         statistics = anysat_json(model)["statistics"]
         about |= {"family": "anysat", "missing": model.missing, "layout": model.config.layout, "statistics": statistics}
+    elif isinstance(model, Adapter | FittedAdapter):
+        about |= {"family": "adapter", **adapter_passport(model)}
     if isinstance(model, Model):
         card = MODELS.get(model.name)
         about |= {
@@ -211,7 +231,10 @@ def _from_hub(name: str) -> Model:
     card = MODELS.get(name.lower()) or _PUBLISHED.get(name.lower())
     if card is None:
         known = ", ".join(MODELS)
-        raise InputError(f"no model or folder {name!r}; give a folder with a model's files, or one of {known}")
+        raise InputError(
+            f"no model or folder {name!r}; give a folder with a model's files, or one of {known}; "
+            f"of other packages: {', '.join(ADAPTERS)}"
+        )
     if card.address is None:
         raise InputError(
             f"no weights of {card.name} were published; give the folder of a model that was trained, or draw random "

@@ -99,7 +99,8 @@ class Adapter(nn.Module):
             side, pixels = max(grid), x.shape[-2] // rows
             flat = F.pad(flat, (0, (side - cols) * pixels, 0, (side - rows) * pixels), mode="replicate")
             flat = resize_to(flat, self.takes.image_px, self.takes.image_px)
-        return flat.unflatten(0, x.shape[:2])
+        fitted: Tensor = flat.unflatten(0, x.shape[:2])
+        return fitted
 
     def _features(self, whole: View, pieces: Iterable[Piece], grid: tuple[int, int], patch_m: float) -> Features:
         """Average what the network says over the dates at which a patch is data."""
@@ -195,6 +196,23 @@ class FittedAdapter(nn.Module):
         return dict(zip(found["bands"], zip(found["mean"], found["std"], strict=True), strict=True)) if found else {}
 
 
+def adapter_passport(model: Adapter | FittedAdapter) -> dict[str, Any]:
+    """Say what of an adapter changes results, besides weights, and where those are from."""
+    fitted = model.statistics if isinstance(model, FittedAdapter) else {}
+    adapter = model.adapter if isinstance(model, FittedAdapter) else model
+    given: Any = adapter.network
+    network = given if hasattr(given, "__qualname__") else type(given)
+    return {
+        "network": f"{network.__module__}.{network.__qualname__}",
+        "takes": adapter.takes.as_json(),
+        "call": getattr(adapter.call, "__qualname__", type(adapter.call).__name__),
+        "normalized_input": adapter.normalized_input,
+        "statistics": fitted,
+        "licence": adapter.licence,
+        "source": adapter.source,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A view and the samples that its images are of."""
@@ -224,9 +242,10 @@ def _on_one_axis(observations: Mapping[str, Observation]) -> Shown:
         return Shown(observations=aligned, dates=next(iter(aligned.values())).dates)
     seen = {m: o.valid.flatten(2).any(2) for m, o in series.items()}
     some = torch.stack(list(seen.values())).any(0)
-    dates = next(iter(series.values())).dates
-    for m, o in series.items():
-        dates = torch.where(seen[m], o.dates, dates)
+    # The first image of a slot gives its date, wherever the sensor stands in the batch.
+    late = torch.iinfo(torch.int64).max
+    dates = torch.stack([torch.where(seen[m], o.dates, late) for m, o in series.items()]).amin(0)
+    dates = torch.where(some, dates, next(iter(series.values())).dates)
     first = torch.zeros_like(some)
     first[:, 0] = ~some.any(1)
     shown = {m: o if m in series else _repeat(o, some | first) for m, o in aligned.items()}
@@ -284,4 +303,3 @@ def _series(whole: View) -> Iterator[Piece]:
             ),
             samples=sample,
         )
-

@@ -100,7 +100,7 @@ class View:
     """By modality, in the unit and order that were declared; holes have their image's mean."""
     valid: Mapping[str, Bool[Tensor, "n *t h w"]]
     """Per patch, True where any pixel is data."""
-    dates: Int[Tensor, "n *t"]
+    dates: Int[Tensor, "n ..."]
     """Days since 1970-01-01."""
     lonlat: Float[Tensor, "n 2"] | None
     """Degrees, where known."""

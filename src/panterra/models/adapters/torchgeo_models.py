@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.adapters.adapter import Adapter, FittedAdapter
 from panterra.models.adapters.declaration import Input, Takes, View
@@ -18,26 +19,25 @@ from panterra.models.slots import to_timestamps
 S2_BY_WAVELENGTH = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 
 
-def croma(size: Literal["base", "large"], *, pretrained: bool, **shape: Any) -> Adapter:
+def croma(size: Literal["base", "large"], *, pretrained: bool, image_px: int = 120) -> Adapter:
     """Open CROMA (Fuller et al. 2023): Sentinel-1 and -2 at 120 pixels, each image stretched to its own contrast.
 
     Scaling and band order: the README of antofuller/CROMA, in which the statistics are those of a batch; here they are
     those of each image, so that its company changes nothing.
     """
-    import torchgeo.models as models
-
+    models: Any = import_module("torchgeo.models")
     weights = models.CROMABase_Weights.CROMA_VIT if size == "base" else models.CROMALarge_Weights.CROMA_VIT
-    network = getattr(models, f"croma_{size}")(weights=weights if pretrained else None, **shape)
+    network = getattr(models, f"croma_{size}")(weights=weights if pretrained else None, image_size=image_px)
     takes = Takes(
         inputs=(
             Input(modality="sentinel2_l2a", bands=S2_BY_WAVELENGTH),
             Input(modality="sentinel1", bands=("vv", "vh")),
         ),
         patch_px=8,
-        image_px=shape.get("image_size", 120),
+        image_px=image_px,
         standardise="image",
     )
-    dim = shape.get("encoder_dim", 768 if size == "base" else 1024)
+    dim = 768 if size == "base" else 1024
     adapter = Adapter(network, takes, dim=dim, name=f"croma-{size}", call=_call_croma)
     adapter.licence, adapter.source = "MIT", "https://huggingface.co/torchgeo/croma"
     return adapter
@@ -59,8 +59,7 @@ def panopticon(*, pretrained: bool) -> FittedAdapter:
 
     Its README asks for standard-normal values and gives no statistics, so those of the data are taken.
     """
-    import torchgeo.models as models
-
+    models: Any = import_module("torchgeo.models")
     weights = models.Panopticon_Weights.VIT_BASE14 if pretrained else None
     network = models.panopticon_vitb14(weights=weights)
     takes = Takes(
@@ -111,16 +110,18 @@ S2_NANOMETRES = {
 }
 
 
-def copernicus_fm(*, pretrained: bool, **shape: Any) -> FittedAdapter:
+COPERNICUS_KM2 = 0.001
+"""The smallest patch whose area Copernicus-FM encodes; that of a smaller one is left unknown."""
+
+
+def copernicus_fm(*, pretrained: bool) -> FittedAdapter:
     """Open Copernicus-FM (Wang et al. 2025): Sentinel-2 at 224 pixels with place, date and patch area.
 
     Its demo recommends z-scores and gives no statistics, so those of the data are taken.
     """
-    import torchgeo.models as models
-
+    models: Any = import_module("torchgeo.models")
     weights = models.CopernicusFM_Base_Weights.CopernicusFM_ViT if pretrained else None
-    # Without the pooling it has a norm for single tokens.
-    network = models.copernicusfm_base(weights=weights, global_pool=False, **shape)
+    network = models.copernicusfm_base(weights=weights)
     takes = Takes(
         inputs=(
             Input(modality="sentinel2_l2a", bands=S2_BY_WAVELENGTH),
@@ -136,13 +137,18 @@ def copernicus_fm(*, pretrained: bool, **shape: Any) -> FittedAdapter:
 
 
 def _call_copernicus_fm(network: Any, view: View) -> Float[Tensor, "n p d"]:
-    said = []
-    for m, images in view.images.items():
-        bands = S2_BY_WAVELENGTH if m == "sentinel2_l2a" else tuple(S2_NANOMETRES)
-        unknown = torch.full((len(images), 2), torch.nan, device=images.device)
-        place = unknown if view.lonlat is None else view.lonlat.to(images)
-        area = torch.full((len(images), 1), (16 * view.pixel_m / 1000) ** 2, device=images.device)
-        with _Kept(network.norm) as kept:
+    said: list[Tensor] = []
+    patch_km2 = (16 * view.pixel_m / 1000) ** 2
+    if patch_km2 < COPERNICUS_KM2:
+        patch_km2 = torch.nan
+    # It returns the mean of these alone.
+    hook = network.blocks[-1].register_forward_hook(lambda layer, given, out: said.append(network.fc_norm(out[:, 1:])))
+    try:
+        for m, images in view.images.items():
+            bands = S2_BY_WAVELENGTH if m == "sentinel2_l2a" else tuple(S2_NANOMETRES)
+            unknown = torch.full((len(images), 2), torch.nan, device=images.device)
+            place = unknown if view.lonlat is None else view.lonlat.to(images)
+            area = torch.full((len(images), 1), patch_km2, device=images.device)
             network.forward_features(
                 images,
                 torch.cat([place, view.dates[:, None].to(images), area], dim=1),
@@ -151,64 +157,44 @@ def _call_copernicus_fm(network: Any, view: View) -> Float[Tensor, "n p d"]:
                 input_mode="spectral",
                 kernel_size=16,
             )
-        said.append(kept.out[:, 1:])
+    finally:
+        hook.remove()
     return torch.stack(said).mean(0)
 
 
-class _Kept:
-    """Keep what a layer gives while a network runs that returns less."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.out = torch.empty(0)
-
-    def __enter__(self) -> _Kept:
-        def keep(layer: nn.Module, given: Any, out: Tensor) -> None:
-            self.out = out
-
-        self.hook = self.layer.register_forward_hook(keep)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hook.remove()
-
-
-# Of a true-colour image of level 1C the value 255 is 3558 digital numbers (ESA); the other bands are divided by 8160
-# (Normalization.md of allenai/satlas). Both end at 1.
-_SATLAS_S2 = Input(
-    modality="sentinel2",
-    bands=("B04", "B03", "B02", "B05", "B06", "B07", "B08", "B11", "B12"),
-    scale=(*(1 / 3558,) * 3, *(1 / 8160,) * 6),
-    clip=(0, 1),
-)
+# rslearn, docs/foundation_models/SatlasPretrain.md: colours divided by 3000, the rest by 8160, clipped to 0 to 1.
+_SATLAS_S2: dict[str, Any] = {
+    "bands": ("B04", "B03", "B02", "B05", "B06", "B07", "B08", "B11", "B12"),
+    "scale": (*(1 / 3000,) * 3, *(1 / 8160,) * 6),
+    "clip": (0, 1),
+}
 
 
 def satlas(size: Literal["tiny", "base"], *, pretrained: bool) -> Adapter:
-    """Open SatlasPretrain's Swin v2 for single Sentinel-2 images (Bastani et al. 2023), features of its last stage."""
-    import torchgeo.models as models
+    """Open SatlasPretrain's Swin v2 for single Sentinel-2 images (Bastani et al. 2023), features of its last stage.
 
+    It was trained on level 1C; 2A is shown to it alike.
+    """
+    models: Any = import_module("torchgeo.models")
     letter = size[0]
     weights = getattr(models, f"Swin_V2_{letter.upper()}_Weights").SENTINEL2_SI_MS_SATLAS
-    build: Callable[..., nn.Module] = getattr(models, f"swin_v2_{letter}")
-    if pretrained:
-        network = build(weights)
-    else:
-        network = build(None)
-        first = network.features[0][0]  # type: ignore[index,union-attr]
-        network.features[0][0] = nn.Conv2d(  # type: ignore[index,union-attr]
-            9, first.out_channels, kernel_size=first.kernel_size, stride=first.stride
-        )
-    takes = Takes(inputs=(_SATLAS_S2,), patch_px=32)
-    adapter = Adapter(
-        network, takes, dim=768 if size == "tiny" else 1024, name=f"satlas-swin-{size}", call=_call_swin
+    network = getattr(models, f"swin_v2_{letter}")(weights if pretrained else None)
+    if not pretrained:
+        first = network.features[0][0]
+        network.features[0][0] = nn.Conv2d(9, first.out_channels, kernel_size=first.kernel_size, stride=first.stride)
+    takes = Takes(
+        inputs=tuple(Input(modality=m, **_SATLAS_S2) for m in ("sentinel2", "sentinel2_l2a")),
+        patch_px=32,
     )
+    adapter = Adapter(network, takes, dim=768 if size == "tiny" else 1024, name=f"satlas-swin-{size}", call=_call_swin)
     adapter.source = "https://huggingface.co/torchgeo/satlas"
     return adapter
 
 
 def _call_swin(network: Any, view: View) -> Float[Tensor, "n d h w"]:
-    out: Tensor = network.norm(network.features(view.image))
-    return out.permute(0, 3, 1, 2)
+    maps = [network.norm(network.features(images)) for images in view.images.values()]
+    mean: Tensor = sum(maps) / len(maps)
+    return mean.permute(0, 3, 1, 2)
 
 
 PRESTO_S2 = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
@@ -225,8 +211,7 @@ def presto(*, pretrained: bool, **shape: Any) -> Adapter:
     Order and scaling: `s1_s2_era5_srtm.py` of nasaharvest/presto. Weather and terrain stay masked. It looks at
     patches, each as one pixel.
     """
-    import torchgeo.models as models
-
+    models: Any = import_module("torchgeo.models")
     network = models.presto(weights=models.Presto_Weights.PRESTO if pretrained else None, **shape)
     takes = Takes(
         inputs=(
@@ -264,7 +249,8 @@ def _call_presto(network: Any, view: View) -> Float[Tensor, "n d h w"]:
     for rows in _alike(flat[1]):
         for part in rows.split(PRESTO_SERIES):
             out[part] = _embed_series(network, *(x[part] for x in flat))
-    return out.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+    maps: Tensor = out.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+    return maps
 
 
 def _embed_series(
@@ -280,12 +266,13 @@ def _embed_series(
         return values.new_zeros(len(values), network.encoder.norm.normalized_shape[0])
     values, masked, month = values[:, seen], masked[:, seen], month[:, seen]
     if values.shape[1] > PRESTO_STEPS:
-        # Evenly, the first and the last among them.
-        kept = torch.linspace(0, values.shape[1] - 1, PRESTO_STEPS, device=values.device).round().long()
-        values, masked, month = values[:, kept], masked[:, kept], month[:, kept]
+        raise InputError(
+            f"Presto takes {PRESTO_STEPS} dates, and {values.shape[1]} came; give fewer, such as monthly composites"
+        )
     unknown = torch.full(values.shape[:2], 9, dtype=torch.long, device=values.device)
     tokens: Tensor = network.encoder(values, unknown, latlon, masked.to(values.dtype), month)[0]
-    return tokens.mean(1)
+    mean: Tensor = tokens.mean(1)
+    return mean
 
 
 def _alike(masked: Bool[Tensor, "n t c"]) -> list[Tensor]:
