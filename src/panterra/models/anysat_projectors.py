@@ -207,15 +207,28 @@ class SeriesProjector(nn.Module):
 
     def lift(self, x: Float[Tensor, "n t c"], valid: Bool[Tensor, "n t"] | None = None) -> Float[Tensor, "n t d"]:
         """Pass each valid date of each pixel through the MLP; the others are zeros."""
-        rows = x.flatten(0, 1) if valid is None else x[valid]
-        for stage in self.stages:
-            rows = stage(rows)
         if valid is None:
-            lifted: Tensor = rows.unflatten(0, x.shape[:2])
-            return lifted
+            return self._lift_all(x)
+        rows = self._through_stages(x[valid])
         out = rows.new_zeros(*x.shape[:2], rows.shape[-1])
         out[valid] = rows
         return out
+
+    def _lift_all(self, x: Float[Tensor, "n t c"]) -> Float[Tensor, "n t d"]:
+        """Pass every date through the MLP; in inference the zeros of padded dates, which are all alike, only once."""
+        given = None if self.training or torch.is_grad_enabled() else x.any(-1)
+        if given is None or bool(given.all()):
+            lifted: Tensor = self._through_stages(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return lifted
+        rows = self._through_stages(torch.cat([x[given], x.new_zeros(1, x.shape[-1])]))
+        out = rows[-1].expand(*x.shape[:2], -1).clone()
+        out[given] = rows[:-1]
+        return out
+
+    def _through_stages(self, rows: Float[Tensor, "m c"]) -> Float[Tensor, "m d"]:
+        for stage in self.stages:
+            rows = stage(rows)
+        return rows
 
     def normalise_dates(
         self, x: Float[Tensor, "n t d"], valid: Bool[Tensor, "n t"] | None = None
