@@ -27,6 +27,7 @@ COMMANDS = (
     "probe",
     "finetune",
     "map",
+    "detect",
     "sample",
     "accuracy",
     "evaluate",

@@ -162,7 +162,8 @@ def test_every_class_is_learned(seed):
         ({"task": "regression"}, "labels hold classes"),
         ({"block_m": 1e5}, "three"),
         ({"window_px": 15}, "whole number of cells"),
-        ({"task": "detection"}, "no task"),
+        ({"task": "counting"}, "no task"),
+        ({"task": "detection"}, "objects_from_scenes"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(scene, labels, changes, said):
@@ -173,6 +174,7 @@ def test_what_cannot_be_learned_is_refused(scene, labels, changes, said):
 # Runs.
 
 
+@pytest.mark.slow
 def test_a_model_learns_more_than_the_commonest_class_and_is_what_it_says(scene, labels, tmp_path):
     found, encoder = examples(scene, labels), tiny_encoder()
     before = weights(encoder)
@@ -216,8 +218,8 @@ class KilledError(RuntimeError):
     "tuning",
     [
         QUICK,
-        replace(QUICK, method="lora", rank=2, precision="bfloat16"),
-        replace(QUICK, method="head", class_weights="balanced"),
+        pytest.param(replace(QUICK, method="lora", rank=2, precision="bfloat16"), marks=pytest.mark.slow),
+        pytest.param(replace(QUICK, method="head", class_weights="balanced"), marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "head"],
 )
@@ -268,6 +270,7 @@ def test_a_model_is_not_overwritten_unasked(scene, labels, tmp_path):
         finetune(found, tiny_encoder(), tmp_path / "other", tuning=quick, overwrite=True)
 
 
+@pytest.mark.slow
 def test_it_stops_when_nothing_gets_better(scene, labels, tmp_path):
     tuning = replace(QUICK, epochs=30, patience=2, method="head", lr=1e-9)
     result = finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", tuning=tuning)
@@ -290,6 +293,7 @@ def test_all_tasks_run(scene, labels, tmp_path, task, column, head):
     assert all(np.isfinite(i.estimate) for i in result.test.metrics.values())
 
 
+@pytest.mark.slow
 def test_anysat_keeps_the_statistics_of_its_training_data(scene, labels, tmp_path):
     torch.manual_seed(0)
     encoder = AnySat(AnySatConfig(dim=96, depth=1, heads=4), name="anysat-tiny").eval().requires_grad_(False)

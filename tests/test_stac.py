@@ -197,6 +197,15 @@ def test_own_valid_asset_is_honoured(tmp_path):
     np.testing.assert_array_equal(open_scene([item]).read("srtm", BOX).valid[0, 0], shown)
 
 
+def test_bands_may_be_listed_in_another_order_than_in_the_file(tmp_path):
+    pixels = s2_pixels(3)
+    path = write_cog(tmp_path / "a.tif", pixels, BOX)
+    bands = tuple(SceneBand(name=name, index=i) for i, name in reversed(list(enumerate(S2.band_names, 1))))
+    item = make_item("a", "sentinel2_l2a", "2023-01-01", BOX, {"data": SceneAsset(href=str(path), bands=bands)})
+    seen = open_scene([item]).read("sentinel2_l2a", BOX)
+    np.testing.assert_array_equal(seen.pixels[0, 0], pixels)
+
+
 def test_items_of_one_date_are_mosaicked_first_valid_first(tmp_path):
     items, layers = [], []
     for number, (value, columns) in enumerate(((100, slice(0, 30)), (200, slice(20, 50)))):

@@ -15,6 +15,7 @@ from panterra.cli import (
     chips,
     data,
     demo,
+    detect,
     doctor,
     embed,
     evaluate,
@@ -59,6 +60,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (probe.probe, "panterra probe embeddings.zarr --labels plots.gpkg --out probe --column crop"),
     (finetune.finetune, "panterra finetune scene --labels plots.gpkg --model olmoearth-v1.2-nano --out model"),
     (map.map, "panterra map scene --probe probe --out map.tif --probabilities"),
+    (detect.detect, "panterra detect scene --model ship-model --out ships.geojson"),
     (sample.sample, "panterra sample map.tif --out points.geojson --users-accuracy water=0.95"),
     (accuracy.accuracy, "panterra accuracy map.tif --reference points.geojson"),
     (
@@ -92,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error.name).startswith("panterra"):
             raise
         return _fail(f"this command needs {error.name}; install it with: pip install 'panterra[all]'", 2)
+    except SystemExit as stop:
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "stopped", 130)
     except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout

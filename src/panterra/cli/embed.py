@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from panterra.cli.options import (
+    INCOMPLETE,
+    Aoi,
     BudgetKwh,
     Country,
+    CrsCode,
     Json,
     ModalityNames,
     ModelName,
+    On,
     OverlapPx,
     Overwrite,
     PatchM,
@@ -36,6 +41,9 @@ def embed(
     window_px: WindowPx = 64,
     overlap_px: OverlapPx = 16,
     tile_px: TilePx | None = None,
+    crs: CrsCode | None = None,
+    aoi: Aoi | None = None,
+    on: On = "local",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
@@ -44,27 +52,43 @@ def embed(
     """Embed a scene: one vector per patch. A stopped run goes on where it was."""
     from panterra.commands.terminal import note, progress_bar, show_json
     from panterra.mapping import run
+    from panterra.mapping.parts import IncompleteError
+    from panterra.mapping.seams import read_seams, warning_of
     from panterra.models.weights import load_model
 
-    with progress_bar("embedding") as progress:
-        store = run.embed(
-            scene,
-            load_model(model, random=random),
-            out,
-            patch_m=patch_m,
-            modalities=modalities,
-            window_px=window_px,
-            overlap_px=overlap_px,
-            tile_px=tile_px,
-            dtype=dtype,
-            overwrite=overwrite,
-            country=country,
-            budget_kwh=budget_kwh,
-            progress=progress,
-            note=note,
-        )
+    failed: Mapping[str, str] = {}
+    try:
+        with progress_bar("embedding") as progress:
+            store = run.embed(
+                scene,
+                load_model(model, random=random),
+                out,
+                patch_m=patch_m,
+                modalities=modalities,
+                window_px=window_px,
+                overlap_px=overlap_px,
+                tile_px=tile_px,
+                crs=crs,
+                aoi=aoi,
+                dtype=dtype,
+                on=on,
+                overwrite=overwrite,
+                country=country,
+                budget_kwh=budget_kwh,
+                progress=progress,
+                note=note,
+            )
+    except IncompleteError as error:
+        note(f"panterra: {error}")
+        store, failed = error.result, error.failed
+    seams = read_seams(store.passport)
+    if warning := warning_of(seams):
+        note(warning)
     rows, cols = store.box.shape
     if as_json:
-        show_json({"embeddings": str(out), "rows": rows, "cols": cols, "dim": store.dim, "patch_m": patch_m})
+        told = {"embeddings": str(out), "rows": rows, "cols": cols, "dim": store.dim, "patch_m": patch_m}
+        show_json({**told, "seams": seams.as_dict() if seams else None, "failed_tiles": failed})
     else:
         print(f"{out}: {rows} x {cols} patches of {patch_m:g} m, {store.dim} numbers each")
+    if failed:
+        raise SystemExit(INCOMPLETE)

@@ -24,8 +24,20 @@ def finetune(
     random: RandomSeed = None,
     column: LabelColumn | None = None,
     task: Annotated[
-        Literal["classification", "multilabel", "segmentation", "regression", "scene_regression"] | None,
+        Literal["classification", "multilabel", "segmentation", "regression", "scene_regression", "detection"] | None,
         Parameter(help="Classes become a segmentation and values a regression, unless told otherwise."),
+    ] = None,
+    before: Annotated[
+        str | None, Parameter(help="Labels tell what changed: from this period, such as 2020 or 2020-05/2020-09.")
+    ] = None,
+    after: Annotated[
+        str | None, Parameter(help="To this one. Or the columns that hold both periods of each label.")
+    ] = None,
+    size_m: Annotated[
+        float | None, Parameter(help="Detection: side of the boxes around labels that are points.")
+    ] = None,
+    area: Annotated[
+        Path | None, Parameter(help="Detection: polygons in which every object is labelled, where the scenes are not.")
     ] = None,
     modalities: ModalityNames | None = None,
     method: Annotated[
@@ -94,7 +106,7 @@ def finetune(
     if (dataset is None) != (root is None):
         raise InputError("a data set needs the folder where it lies: give both --dataset and --root")
     if dataset is not None and root is not None:
-        if scenes or labels or column or task or output_m:
+        if any((scenes, labels, column, task, before, after, size_m, area, output_m)):
             raise InputError("a data set has its own imagery, labels and task; leave out scenes and their options")
         result = finetune_dataset(
             dataset,
@@ -124,6 +136,10 @@ def finetune(
             random=random,
             column=column,
             task=task,
+            before=before,
+            after=after,
+            size_m=size_m,
+            area=area,
             modalities=modalities,
             head=head,
             skip=skip,
@@ -149,9 +165,13 @@ def finetune(
             ["class", *columns],
             [(name, *(f"{f[c]:.3g}" for c in columns)) for name, f in result.test.classes.items()],
         )
+    folder = result.folder
+    use = f"map with: panterra map SCENE --probe {folder} --out map.tif"
+    if result.model.task == "boxes":
+        use = f"find objects with: panterra detect SCENE --model {folder} --out objects.geojson"
     print(
         f"\n{result.folder}: epoch {result.best_epoch} of {result.epochs}, {result.seconds:.0f} s,"
-        f" {result.kwh * 1000:.3g} Wh; map with: panterra map SCENE --probe {result.folder} --out map.tif"
+        f" {result.kwh * 1000:.3g} Wh; {use}"
     )
     if terms := result.model.setup.base.terms:
         print(terms)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from panterra.cli.options import BudgetKwh, Country, Json, Overwrite, RandomSeed, TilePx
+from panterra.cli.options import (
+    INCOMPLETE,
+    Aoi,
+    BudgetKwh,
+    Country,
+    CrsCode,
+    Json,
+    On,
+    Overwrite,
+    RandomSeed,
+    TilePx,
+)
+
+if TYPE_CHECKING:
+    from panterra.mapping.run import MapResult
 
 
 def map(
@@ -16,10 +31,17 @@ def map(
     *,
     probe: Annotated[Path, Parameter(help="Folder that panterra probe or panterra finetune wrote.")],
     out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
+    before: Annotated[
+        str | None, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")
+    ] = None,
+    after: Annotated[str | None, Parameter(help="The later one, such as 2024 or 2024-05/2024-09.")] = None,
     probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
     model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,
     random: RandomSeed = None,
     tile_px: TilePx | None = None,
+    crs: CrsCode | None = None,
+    aoi: Aoi | None = None,
+    on: On = "local",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
@@ -27,23 +49,36 @@ def map(
 ) -> None:
     """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
     from panterra.commands.terminal import note, progress_bar, show_json
+    from panterra.finetune.model import at_periods
     from panterra.mapping import run
+    from panterra.mapping.parts import IncompleteError
+    from panterra.mapping.seams import warning_of
     from panterra.models.weights import load_model
 
-    with progress_bar("mapping") as progress:
-        result = run.map(
-            source,
-            probe,
-            out,
-            model=load_model(model, random=random) if model else None,
-            probabilities=probabilities,
-            tile_px=tile_px,
-            overwrite=overwrite,
-            country=country,
-            budget_kwh=budget_kwh,
-            progress=progress,
-            note=note,
-        )
+    failed: Mapping[str, str] = {}
+    try:
+        with progress_bar("mapping") as progress:
+            result = run.map(
+                source,
+                at_periods(run.as_probe(probe), before, after),
+                out,
+                model=load_model(model, random=random) if model else None,
+                probabilities=probabilities,
+                tile_px=tile_px,
+                crs=crs,
+                aoi=aoi,
+                on=on,
+                overwrite=overwrite,
+                country=country,
+                budget_kwh=budget_kwh,
+                progress=progress,
+                note=note,
+            )
+    except IncompleteError as error:
+        note(f"panterra: {error}")
+        result, failed = error.result, error.failed
+    if warning := warning_of(result.seams):
+        note(warning)
     energy = result.energy
     if as_json:
         show_json(
@@ -55,9 +90,18 @@ def map(
                 "encoder_seconds": result.encoder_seconds,
                 "energy": energy.as_dict(),
                 "impact": result.impact.as_dict(area_km2=result.area_km2),
+                "seams": result.seams.as_dict(),
+                "failed_tiles": failed,
             }
         )
-        return
+    else:
+        _tell(result)
+    if failed:
+        raise SystemExit(INCOMPLETE)
+
+
+def _tell(result: MapResult) -> None:
+    energy = result.energy
     gases = result.impact.co2e_kg
     told = (
         ""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from pathlib import Path
 
 from panterra.errors import InputError
 from panterra.finetune.examples import Examples, examples_from_dataset, examples_from_scenes
 from panterra.finetune.heads import HeadKind
+from panterra.finetune.objects import objects_from_scenes
+from panterra.finetune.pairs import Periods
 from panterra.finetune.run import Result, finetune
 from panterra.finetune.step import Tuning
-from panterra.imagery.labels import read_labels
+from panterra.imagery.labels import Labels, read_labels
 from panterra.imagery.stac import open_scene, pixel_metres
 from panterra.mapping.run import common_grid
 from panterra.models.features import Encoder
@@ -27,6 +30,10 @@ def finetune_scenes(
     random: int | None,
     column: str | None,
     task: str | None,
+    before: str | None,
+    after: str | None,
+    size_m: float | None,
+    area: Path | None,
     modalities: Sequence[str] | None,
     head: HeadKind,
     skip: bool,
@@ -51,15 +58,35 @@ def finetune_scenes(
     shown = [m for m in encoder.modalities if any(m in s.modalities for s in opened) and m in (modalities or [m])]
     boxes = [common_grid(scene, encoder, modalities) for scene in opened]
     pixel_m = pixel_metres(boxes[0])
+    if task == "detection":
+        known = read_labels(labels, column=column, kind="classes")
+        examples = objects_from_scenes(
+            opened,
+            known,
+            boxes=boxes,
+            size_m=size_m,
+            area=area,
+            periods=_one_pair(_periods(known, before, after)),
+            modalities=shown,
+            window_px=window_px,
+            cell_m=output_m if output_m is not None else pixel_m if head == "conv" else patch_m,
+            block_m=block_m,
+            seed=tuning.seed,
+        )
+        return _finetune(examples, encoder, out, head, skip, patch_m, tuning, device, country, overwrite)
+    if size_m is not None or area is not None:
+        raise InputError("a size and an area of labels are for detection; add --task detection, or leave them out")
     cell_m = output_m if output_m is not None else pixel_m if head == "conv" else patch_m
     cell_px = round(cell_m / pixel_m)
     if cell_px < 1 or abs(cell_px * pixel_m - cell_m) > 1e-6:
         raise InputError(f"cells of {cell_m:g} m are no whole number of pixels of {pixel_m:g} m; choose another size")
+    known = read_labels(labels, column=column)
     examples = examples_from_scenes(
         opened,
-        read_labels(labels, column=column),
+        known,
         boxes=boxes,
         task=task,
+        periods=_periods(known, before, after),
         modalities=shown,
         window_px=window_px,
         cell_px=cell_px,
@@ -67,6 +94,32 @@ def finetune_scenes(
         seed=tuning.seed,
     )
     return _finetune(examples, encoder, out, head, skip, patch_m, tuning, device, country, overwrite)
+
+
+def _periods(labels: Labels, before: str | None, after: str | None) -> Periods | list[Periods] | None:
+    """Read two periods, or of each label its own where they are the names of columns."""
+    if before is None and after is None:
+        return None
+    if before is None or after is None:
+        raise InputError("a comparison needs two periods; give both --before and --after")
+    columns = [str(name) for name in labels.frame.columns]
+    if before not in columns or after not in columns:
+        return Periods(before=before, after=after)
+    pairs = zip(labels.frame[before], labels.frame[after], strict=True)
+    return [Periods(before=_date_text(one), after=_date_text(other)) for one, other in pairs]
+
+
+def _one_pair(periods: Periods | list[Periods] | None) -> Periods | None:
+    if isinstance(periods, list):
+        raise InputError(
+            "objects are known all over a window, so they share two periods; give these instead of columns"
+        )
+    return periods
+
+
+def _date_text(value: object) -> str:
+    """Write what a column holds as text: files give dates as text, numbers or timestamps."""
+    return str(value.date()) if isinstance(value, dt.datetime) else str(value)
 
 
 def finetune_dataset(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from panterra.data.labelled import LabelledSample
 from panterra.errors import InputError
+from panterra.finetune.boxes import turn_boxes
 from panterra.modalities import MODALITIES
 from panterra.sample import Batch, Observation
 
@@ -35,8 +36,13 @@ class Augmentation:
 NONE = Augmentation(turns=False, drop_dates=0.0, noise=0.0)
 
 
-def turn_sample(sample: LabelledSample, generator: torch.Generator, *, dense: bool) -> LabelledSample:
-    """Flip and turn a sample at random, by half turns alone where it is not square."""
+def turn_sample(
+    sample: LabelledSample, generator: torch.Generator, *, dense: bool, boxes: bool = False
+) -> LabelledSample:
+    """Flip and turn a sample at random, by half turns alone where it is not square.
+
+    A `dense` target turns with it; `boxes` say that it is a list of them.
+    """
     quarters, flip = (int(n) for n in torch.randint(0, 4, (2,), generator=generator))
     square = all(o.pixels.shape[-2] == o.pixels.shape[-1] for o in sample.batch.observations.values())
     quarters = quarters if square else 2 * (quarters % 2)
@@ -45,6 +51,10 @@ def turn_sample(sample: LabelledSample, generator: torch.Generator, *, dense: bo
         x = torch.rot90(x, quarters, (-2, -1))
         return x.flip(-1) if flip % 2 else x
 
+    if boxes:
+        target = turn_boxes(sample.target, quarters, flip=bool(flip % 2))
+    else:
+        target = turn(sample.target) if dense else sample.target
     observations = {
         name: Observation(pixels=turn(o.pixels), dates=o.dates, valid=turn(o.valid))
         for name, o in sample.batch.observations.items()
@@ -52,7 +62,7 @@ def turn_sample(sample: LabelledSample, generator: torch.Generator, *, dense: bo
     return replace(
         sample,
         batch=replace(sample.batch, observations=observations),
-        target=turn(sample.target) if dense else sample.target,
+        target=target,
     )
 
 

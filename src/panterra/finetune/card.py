@@ -15,9 +15,10 @@ def write_card(model: FineTuned) -> str:
         [
             f"# {setup.task.replace('_', ' ').capitalize()} with {setup.base.name}",
             "",
-            f"Fine-tuned with Panterra: `panterra map SCENE --probe FOLDER --out map.tif`. It looks at "
+            f"Fine-tuned with Panterra: `{_use(model)}`. It looks at "
             f"{', '.join(setup.modalities)} in windows of {setup.window_px} px, in patches of {setup.patch_m:g} m, and "
-            f"answers for cells of {setup.output_m:g} m.",
+            f"{'looks for centres on' if model.task == 'boxes' else 'answers for'} cells of {setup.output_m:g} m."
+            f"{_compared(model)}",
             "",
             *_data(summary["examples"]),
             *_figures("Held out for testing", summary["test"]),
@@ -26,6 +27,20 @@ def write_card(model: FineTuned) -> str:
             *_licence(model, summary["examples"]),
         ]
     )
+
+
+def _use(model: FineTuned) -> str:
+    if model.task == "boxes":
+        return "panterra detect SCENE --model FOLDER --out objects.geojson"
+    return "panterra map SCENE --probe FOLDER --out map.tif"
+
+
+def _compared(model: FineTuned) -> str:
+    if not model.setup.pairs:
+        return ""
+    periods = model.setup.periods
+    spans = f"{periods.before} with {periods.after}" if periods else "those of each label"
+    return f" It compares two periods; in training {spans}."
 
 
 def _data(about: Mapping[str, Any]) -> list[str]:
@@ -41,11 +56,12 @@ def _data(about: Mapping[str, Any]) -> list[str]:
 
 def _figures(title: str, part: Mapping[str, Any]) -> list[str]:
     rows = [[name, _number(i["estimate"]), _interval(i)] for name, i in part["metrics"].items()]
+    cut = f" Boxes count from a score of {part['threshold']:.3g} on." if part["threshold"] is not None else ""
     lines = [
         f"## {title}",
         "",
         f"{part['num_targets']} targets in {part['num_samples']} samples and {part['num_blocks']} blocks; intervals "
-        "come from resampling blocks.",
+        f"come from resampling blocks.{cut}",
         "",
         *_table(["figure", "estimate", "95 % interval"], rows),
         "",

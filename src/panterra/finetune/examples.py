@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
@@ -19,6 +19,7 @@ from panterra.data.labelled import IGNORE, LabelledSample, LabelledSet, card_of
 from panterra.errors import InputError
 from panterra.evaluate import splits
 from panterra.evaluate.probes import ProbeClass
+from panterra.finetune.pairs import Periods, pair_up
 from panterra.finetune.tasks import Task, task_of
 from panterra.imagery.labels import Labels, LabelSamples, distinct_colours, read_labels, sample_labels
 from panterra.imagery.stac import Scene, pixel_metres
@@ -50,6 +51,10 @@ class Examples:
     pixel_m: float
     cells: int
     """Rows of a sample's target; 0 where there is one target per sample."""
+    pairs: bool = False
+    """Whether each sample's batch is a pair: what was seen before, and after."""
+    periods: Periods | None = None
+    """Of all pairs, where they share them."""
     about: dict[str, Any]
     """Where it comes from, as plain JSON: decides, with the labels, whether a run can be gone on with."""
     _kept: dict[int, LabelledSample] = field(default_factory=dict)
@@ -85,12 +90,8 @@ class _Chip:
     target: np.ndarray
     feature: Int[np.ndarray, " m"]
     """Which label a cell came from."""
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        height, width = self.box.shape
-        x, y = self.box.affine @ (width / 2, height / 2)
-        return float(x), float(y)
+    periods: Periods | None = None
+    """The two that the label compares."""
 
 
 def examples_from_scenes(
@@ -100,6 +101,7 @@ def examples_from_scenes(
     boxes: Sequence[GeoBox] | None = None,
     column: str | None = None,
     task: str | None = None,
+    periods: Periods | Sequence[Periods] | None = None,
     modalities: Sequence[str] | None = None,
     window_px: int = 64,
     cell_px: int = 1,
@@ -113,9 +115,13 @@ def examples_from_scenes(
     one target per sample a window lies around each point or polygon, but for multilabel, in which a window has the
     labels of its cells. Blocks of side `block_m` are learned or tested as a whole, three in five, one and one; the
     cells of a polygon in several parts count in the one that has most of them.
+
+    With `periods`, for all or one per label, a label says what changed between the two.
     """
     known = labels if isinstance(labels, Labels) else read_labels(labels, column=column)
     chosen = task_of(task or ("segmentation" if known.kind == "classes" else "regression"))
+    if chosen.answer == "boxes":
+        raise InputError("objects are known all over a window: cut examples of detection with objects_from_scenes")
     if (known.kind == "values") != (chosen.answer == "values"):
         raise InputError(f"the labels hold {known.kind}; {chosen.name} is about {chosen.answer}: choose another task")
     if window_px < 1 or window_px % cell_px:
@@ -128,20 +134,31 @@ def examples_from_scenes(
     if len(sizes) != 1:
         raise InputError(f"the scenes have grids of {sizes} m; give boxes of one pixel size")
     cut = _around if around else _windows
-    chips = [chip for i, box in enumerate(grids) for chip in cut(i, box, known, window_px, cell_px)]
+    chips = [
+        replace(chip, periods=span, feature=chip.feature if number is None else number[chip.feature])
+        for i, box in enumerate(grids)
+        for span, some, number in _by_periods(known, periods)
+        for chip in cut(i, box, some, window_px, cell_px)
+    ]
     if not chips:
         raise InputError("no label lies on the scenes; check that both show the same place")
-    blocks = _blocks(chips, block_m)
+    blocks = number_blocks([chip.box for chip in chips], block_m)
     chips, parts = _dealt(chips, blocks, known, seed)
     kept = np.array([len(chip.row) > 0 for chip in chips])
     chips, parts, blocks = [c for c, k in zip(chips, kept, strict=True) if k], parts[kept], blocks[kept]
     names, side = tuple(modalities) if modalities is not None else None, window_px // cell_px
 
+    narrowed = {
+        (scene, span): span.narrow(scenes[scene]) if span else scenes[scene]
+        for scene, span in {(chip.scene, chip.periods) for chip in chips}
+    }
+
     def read(index: int) -> LabelledSample:
         chip = chips[index]
+        batch = narrowed[chip.scene, chip.periods].batch(chip.box, names)
         return LabelledSample(
             id=f"{chip.scene}-{index}",
-            batch=scenes[chip.scene].batch(chip.box, names),
+            batch=pair_up(batch, chip.periods) if chip.periods else batch,
             target=_target(chip, chosen, known, side),
             fold=str(parts[index]),
         )
@@ -150,6 +167,7 @@ def examples_from_scenes(
     for chip in chips:
         digest.update(repr((chip.scene, str(chip.box.crs), chip.box.shape, tuple(chip.box.affine))).encode())
         digest.update(b"".join(a.tobytes() for a in (chip.row, chip.col, chip.target)))
+    spans = sorted({(chip.periods.before, chip.periods.after) for chip in chips if chip.periods})
     return Examples(
         task=chosen,
         classes=tuple(
@@ -164,14 +182,31 @@ def examples_from_scenes(
         window_px=window_px,
         pixel_m=sizes[0],
         cells=side if chosen.dense else 0,
+        pairs=bool(spans),
+        periods=periods if isinstance(periods, Periods) else None,
         about={
             "scenes": [sorted(item.id for item in scene.items) for scene in scenes],
             "licences": sorted({scene.licence for scene in scenes if scene.licence}),
             "labels": sum(len(chip.row) for chip in chips),
+            **({"periods": [list(span) for span in spans]} if spans else {}),
             "seed": seed,
             "sha256": digest.hexdigest(),
         },
     )
+
+
+def _by_periods(
+    labels: Labels, periods: Periods | Sequence[Periods] | None
+) -> Iterator[tuple[Periods | None, Labels, np.ndarray | None]]:
+    """Go through the labels that compare the same two periods, with their numbers among all."""
+    if periods is None or isinstance(periods, Periods):
+        yield periods, labels, None
+        return
+    if labels.raster is not None or len(periods) != len(labels.frame):
+        raise InputError(f"{len(periods)} pairs of periods came for {len(labels.frame)} labels; give each its own")
+    for span in dict.fromkeys(periods):
+        number = np.array([i for i, own in enumerate(periods) if own == span])
+        yield span, replace(labels, frame=labels.frame.iloc[number].reset_index(drop=True)), number
 
 
 def deal(
@@ -295,10 +330,10 @@ def _around(scene: int, box: GeoBox, labels: Labels, window_px: int, cell_px: in
     return chips
 
 
-def _blocks(chips: Sequence[_Chip], block_m: float) -> Int[np.ndarray, " n"]:
-    """Number the blocks that samples lie in; scenes of the same CRS share them."""
-    blocks, systems = np.empty(len(chips), np.int64), np.array([str(chip.box.crs) for chip in chips])
-    xy = np.array([chip.centre for chip in chips])
+def number_blocks(boxes: Sequence[GeoBox], block_m: float) -> Int[np.ndarray, " n"]:
+    """Number the blocks that the middles of samples lie in; scenes of the same CRS share them."""
+    blocks, systems = np.empty(len(boxes), np.int64), np.array([str(box.crs) for box in boxes])
+    xy = np.array([box.affine @ (box.shape[1] / 2, box.shape[0] / 2) for box in boxes], np.float64)
     start = 0
     for system in np.unique(systems):
         mine = systems == system

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -10,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,8 +24,11 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, ProbeClass
+from panterra.finetune.boxes import first_guess
 from panterra.finetune.heads import HeadConfig, build_head
+from panterra.finetune.pairs import PARTS, Periods, compare, pair_up
 from panterra.finetune.tasks import Task, task_of
+from panterra.imagery.stac import Scene
 from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder, Features
 from panterra.models.weights import MODELS, Model, load_model, save_model, weights_checksum
@@ -68,9 +73,13 @@ class Setup:
     """Of the common grid."""
     centre: float = 0.0
     spread: float = 1.0
-    """Values are the head's output times `spread` plus `centre`."""
+    """Values are the head's output times `spread` plus `centre`; boxes have a side of about exp(centre) cells."""
     skip: str | None = None
     """The modality whose pixels the head also looks at."""
+    pairs: bool = False
+    """Whether it compares two periods; the head takes both embeddings and their difference."""
+    periods: Periods | None = None
+    """The two that a map compares unless told otherwise; None where each label had its own."""
     base: Base
 
     @property
@@ -91,8 +100,9 @@ class FineTuned(nn.Module):
 
     def __init__(self, encoder: Encoder, setup: Setup, *, name: str = "fine-tuned") -> None:
         super().__init__()
-        if encoder.dim != setup.head.dim:
-            raise InputError(f"the head takes features of width {setup.head.dim}; {encoder.name} gives {encoder.dim}")
+        width = encoder.dim * (PARTS if setup.pairs else 1)
+        if width != setup.head.dim:
+            raise InputError(f"the head takes features of width {setup.head.dim}; {encoder.name} gives {width}")
         if not isinstance(encoder, nn.Module):
             raise InputError(f"{encoder.name} is not a torch module, so it cannot be trained; fit a probe instead")
         self.encoder = encoder
@@ -108,8 +118,9 @@ class FineTuned(nn.Module):
 
     @property
     def task(self) -> str:
-        """Whether a map of it holds "classes" or "values"."""
-        return "values" if self.task_kind.answer == "values" else "classes"
+        """Whether a map of it holds "classes" or "values"; of "boxes" there is a list instead."""
+        answer = self.task_kind.answer
+        return answer if answer in ("values", "boxes") else "classes"
 
     @property
     def classes(self) -> tuple[ProbeClass, ...]:
@@ -142,8 +153,29 @@ class FineTuned(nn.Module):
         patch_px = round(self.setup.patch_m / self.setup.pixel_m)
         return self.setup.window_px // 4 // patch_px * patch_px
 
+    def over(self, periods: Periods) -> FineTuned:
+        """Give the same model, sharing its weights, that compares two other periods."""
+        if not self.setup.pairs:
+            raise InputError(f"{self.name} looks at one period, not at two; leave out before and after")
+        other = copy.copy(self)
+        other.setup = replace(self.setup, periods=periods)
+        return other
+
+    def narrow(self, scene: Scene) -> Scene:
+        """Leave of a scene what the model looks at."""
+        return self._periods.narrow(scene) if self.setup.pairs else scene
+
+    @property
+    def _periods(self) -> Periods:
+        if self.setup.periods is None:
+            raise InputError(f"{self.name} compares two periods; say which, with before and after")
+        return self.setup.periods
+
     def forward(self, batch: Batch) -> Float[Tensor, "b k *grid"]:
-        """Score a batch in declared units whose sides are whole patches."""
+        """Score a batch in declared units whose sides are whole patches.
+
+        Where the model compares periods each answer takes two samples, as `pair_up` makes them; B is of the answers.
+        """
         return self.scores(batch, self.features(batch))
 
     def features(self, batch: Batch) -> Features:
@@ -154,15 +186,21 @@ class FineTuned(nn.Module):
                 f"the batch holds {', '.join(batch.observations)}; {self.name} looks at {', '.join(self.modalities)}"
             )
         encoder = cast(Encoder, self.encoder)
-        return encoder.encode(replace(batch, observations=shown), patch_m=self.setup.patch_m)
+        features = encoder.encode(replace(batch, observations=shown), patch_m=self.setup.patch_m)
+        return compare(features) if self.setup.pairs else features
 
     def scores(self, batch: Batch, features: Features) -> Float[Tensor, "b k *grid"]:
         """Apply the head; values come in their own unit."""
         out: Tensor = self.head(features, self._raw(batch)).float()
+        if self.task == "boxes":
+            return first_guess(out, math.exp(self.setup.centre))
         return out * self.setup.spread + self.setup.centre if self.task == "values" else out
 
     def _raw(self, batch: Batch) -> Float[Tensor, "b c y x"] | None:
-        """Average the dates of the modality that the head looks at, standardised; zeros where nothing is valid."""
+        """Average the dates of the modality that the head looks at, standardised; zeros where nothing is valid.
+
+        Of a pair the bands before come first, then those after.
+        """
         if self.setup.skip is None:
             return None
         if self.setup.skip not in batch.observations:
@@ -170,21 +208,25 @@ class FineTuned(nn.Module):
         o = batch.observations[self.setup.skip]
         seen = o.valid[:, :, None]
         mean = torch.where(seen, o.pixels, 0.0).sum(1) / seen.sum(1).clamp(min=1)
+        known = seen.any(1).expand_as(mean)
+        if self.setup.pairs:
+            mean, known = (rearrange(x, "(b two) c y x -> b (two c) y x", two=2) for x in (mean, known))
         scaled = (mean - self.skip_mean[:, None, None]) / self.skip_std[:, None, None]
-        return torch.where(seen.any(1), scaled, 0.0)
+        return torch.where(known, scaled, 0.0)
 
     def encode(self, batch: Batch, *, patch_m: float, dense: bool = False) -> Features:
         """Score a batch on the grid of the answer; `patch_m` is its cell.
 
         `patches` are scores: of classes before softmax, of labels before the sigmoid, values as they are. Samples that
-        are no whole number of patches are filled up with missing pixels.
+        are no whole number of patches are filled up with missing pixels. Of a model that compares periods the batch
+        holds both.
         """
         cell_m = self.setup.output_m if self.setup.head.dense else _side_m(batch)
         if dense or not math.isclose(patch_m, cell_m, rel_tol=1e-6):
             raise InputError(
                 f"{self.name} answers for cells of {cell_m:g} m; ask for patch_m={cell_m:g} and no dense features"
             )
-        whole, height, width = self._whole(batch)
+        whole, height, width = self._whole(pair_up(batch, self._periods) if self.setup.pairs else batch)
         features = self.features(whole)
         scores = self.scores(whole, features)
         if self.setup.head.dense:
@@ -233,6 +275,8 @@ class FineTuned(nn.Module):
         return shares.numpy()
 
     def _check(self, scores: np.ndarray) -> None:
+        if self.task == "boxes":
+            raise InputError(f"{self.name} finds objects, which no map of classes or values holds; use panterra detect")
         if scores.shape[-1] != self.dim:
             raise InputError(f"scores are {list(scores.shape)}; {self.name} gives [..., {self.dim}]")
 
@@ -243,6 +287,7 @@ class FineTuned(nn.Module):
             "task": self.setup.task,
             "classes": [asdict(c) for c in self.classes],
             "base": asdict(self.setup.base),
+            **({"periods": asdict(self._periods)} if self.setup.pairs else {}),
             "sha256": weights_checksum(self),
         }
 
@@ -279,6 +324,20 @@ class FineTuned(nn.Module):
     def _own_state(self) -> dict[str, Tensor]:
         """Give the tensors that are not the encoder's."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
+
+
+T = TypeVar("T")
+
+
+def at_periods(model: T, before: str | None, after: str | None) -> T | FineTuned:
+    """Let a fine-tuned model compare these periods, where they are given; anything else looks at no two of them."""
+    if before is None and after is None:
+        return model
+    if before is None or after is None:
+        raise InputError("a comparison needs two periods; give both before and after")
+    if not isinstance(model, FineTuned):
+        raise InputError("a probe looks at one period, not at two; leave out before and after")
+    return model.over(Periods(before=before, after=after))
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -337,6 +396,7 @@ def _parse(saved: Mapping[str, Any]) -> Setup:
             **saved,
             "head": HeadConfig(**saved["head"]),
             "base": Base(**saved["base"]),
+            "periods": Periods(**saved["periods"]) if saved.get("periods") else None,
             "classes": classes,
             "modalities": tuple(saved["modalities"]),
         }

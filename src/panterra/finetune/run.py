@@ -26,6 +26,7 @@ from panterra.finetune.examples import Examples
 from panterra.finetune.heads import HeadConfig, HeadKind
 from panterra.finetune.lora import merge_lora
 from panterra.finetune.model import Base, FineTuned, Setup, check_free, load_finetuned
+from panterra.finetune.pairs import PARTS
 from panterra.finetune.score import PartReport, deciding_figure, report, score
 from panterra.finetune.step import Trained, Tuning, make_optimiser, peaks_of, prepare
 from panterra.finetune.tasks import LossOptions, balanced_weights
@@ -101,7 +102,7 @@ class Look:
     """Cells of each class, or samples with each label; empty for values."""
     centre: float = 0.0
     spread: float = 1.0
-    """Mean and standard deviation of values."""
+    """Mean and standard deviation of values; of boxes those of the logarithm of their side in cells."""
     means: dict[str, Tensor] = field(default_factory=dict)
     spreads: dict[str, Tensor] = field(default_factory=dict)
     """Of each modality's bands, where valid."""
@@ -163,10 +164,10 @@ def finetune(
     merge_lora(model.encoder)
     names = tuple(c.name for c in examples.classes)
     with measure_energy(country=country) as meter:
-        parts = {
-            part: report(examples.task, score(model, examples, part, batch_size=tuning.batch_size), names)
-            for part in ("val", "test")
-        }
+        validation, test = (score(model, examples, p, batch_size=tuning.batch_size) for p in ("val", "test"))
+        parts = {"val": report(examples.task, validation, names)}
+        # A threshold for boxes is chosen on one part and judged on the other.
+        parts["test"] = report(examples.task, test, names, threshold=parts["val"].threshold)
     for spent in (looking.report, meter.report):
         state.charge(spent)
     model.cpu().requires_grad_(False).eval()
@@ -245,7 +246,7 @@ def _train(
                 state.best, state.best_epoch = value, state.epoch
                 _save_best(trained, folder)
             state.charge(meter.report)
-            figures = {f"val/{k}": float(f(checked.tallies.sum(0))) for k, f in examples.task.figures.items()}
+            figures = {f"val/{k}": examples.task.figure(k, checked.tallies) for k in examples.task.figures}
             log(state.epoch, {"loss": float(np.mean(losses)), "val/loss": checked.loss, **figures})
             checkpoint.save(folder / "checkpoints", weights, optimiser, state.facts(), permanent=False)
     return state
@@ -268,7 +269,8 @@ def _step(
     generator = seed_micro(tuning.seed, step, 0, 0)
     samples = [examples[int(i)] for i in index]
     if tuning.augmentation.turns:
-        samples = [turn_sample(sample, generator, dense=examples.task.dense) for sample in samples]
+        boxes = examples.task.answer == "boxes"
+        samples = [turn_sample(sample, generator, dense=examples.task.dense, boxes=boxes) for sample in samples]
     batch = vary(collate([s.batch for s in samples]), generator, tuning.augmentation, look.spreads)
     device = next(model.head.parameters()).device
     batch, target = batch.to(device), torch.cat([s.target for s in samples]).to(device)
@@ -323,11 +325,11 @@ def _setup(
         head=HeadConfig(
             kind=head,
             dense=task.dense,
-            dim=encoder.dim,
+            dim=encoder.dim * (PARTS if examples.pairs else 1),
             outputs=task.outputs(len(examples.classes)),
             side=side,
             hidden=hidden,
-            skip_bands=len(MODALITIES[finest].bands) if finest else 0,
+            skip_bands=len(MODALITIES[finest].bands) * (2 if examples.pairs else 1) if finest else 0,
         ),
         classes=examples.classes,
         modalities=tuple(modalities),
@@ -337,6 +339,8 @@ def _setup(
         centre=look.centre,
         spread=look.spread,
         skip=finest,
+        pairs=examples.pairs,
+        periods=examples.periods,
         base=Base.of(encoder),
     )
 
@@ -356,6 +360,11 @@ def _look(examples: Examples, encoder: Encoder, tuning: Tuning) -> tuple[Look, t
         if examples.task.answer == "values":
             known = target[np.isfinite(target)].astype(np.float64)
             values += (len(known), known.sum(), (known**2).sum())
+        elif examples.task.answer == "boxes":
+            kind, side = target[..., 0], np.sqrt(target[..., 3] * target[..., 4])
+            side = np.log(side[kind >= 0] * examples.cells)
+            values += (len(side), side.sum(), (side**2).sum())
+            counts += np.bincount(kind[kind >= 0].astype(np.int64), minlength=len(counts))
         elif examples.task.answer == "classes":
             counts += np.bincount(target[target >= 0].reshape(-1), minlength=len(counts))
         else:
@@ -370,6 +379,8 @@ def _look(examples: Examples, encoder: Encoder, tuning: Tuning) -> tuple[Look, t
         raise InputError(f"the samples hold nothing that {encoder.name} looks at: {', '.join(encoder.modalities)}")
     if examples.task.answer == "values" and not values[0]:
         raise InputError("the training samples hold no value; label more places")
+    if examples.task.answer == "boxes" and not values[0]:
+        raise InputError("the training samples hold no object; label more places")
     count, total, squares = values if values[0] else (1.0, 0.0, 1.0)
     spread = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
     means = {name: (s[1] / s[0].clamp(min=1)) for name, s in sums.items()}
@@ -398,17 +409,18 @@ def _standardised(examples: Examples, encoder: Model, modalities: Sequence[str])
 def _look_at_pixels(model: FineTuned, look: Look) -> None:
     """Standardise what the head sees of the pixels."""
     if model.setup.skip is not None:
-        std = look.spreads[model.setup.skip]
-        model.skip_mean.copy_(look.means[model.setup.skip])
-        model.skip_std.copy_(torch.where(std > 0, std, 1.0))
+        mean, std = look.means[model.setup.skip], look.spreads[model.setup.skip]
+        times = 2 if model.setup.pairs else 1
+        model.skip_mean.copy_(mean.repeat(times))
+        model.skip_std.copy_(torch.where(std > 0, std, 1.0).repeat(times))
 
 
 def _class_weights(examples: Examples, look: Look, tuning: Tuning) -> Tensor | None:
     asked, names = tuning.class_weights, [c.name for c in examples.classes]
     if asked == "none":
         return None
-    if examples.task.answer == "values":
-        raise InputError(f"{examples.task.name} is about values, which have no class weights; leave them out")
+    if examples.task.answer in ("values", "boxes"):
+        raise InputError(f"{examples.task.name} is about {examples.task.answer}, without class weights; leave them out")
     if isinstance(asked, str):
         return balanced_weights(look.counts, samples=look.samples if examples.task.answer == "labels" else None)
     if unknown := [name for name in asked if name not in names]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from panterra.evaluate import metrics
 from panterra.evaluate.metrics import Interval
+from panterra.finetune import precision
 from panterra.finetune.examples import Examples, Part
 from panterra.finetune.model import FineTuned
 from panterra.finetune.tasks import LossOptions, Task
@@ -35,10 +36,15 @@ class PartReport:
     num_samples: int
     num_blocks: int
     num_targets: int
-    """Labelled cells, or samples."""
+    """Labelled cells, samples or objects."""
     metrics: dict[str, Interval]
     classes: dict[str, dict[str, float]]
-    """Support, precision, recall, f1 and iou of each class by name; NaN where undefined."""
+    """Support, precision, recall, f1 and iou of each class by name; NaN where undefined. Of boxes those that are like
+    an object by half count as found, and iou is their mean."""
+    intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """Of each class by name: f1 and iou."""
+    threshold: float | None = None
+    """Of boxes: the score from which they count."""
     confusion: tuple[tuple[int, ...], ...] = ()
     """Rows are the true classes, columns the predicted ones; empty unless each target has one class."""
 
@@ -81,20 +87,39 @@ def score(
 
 def deciding_figure(task: Task, scores: Scores) -> float:
     """Give the figure that decides which epoch is best, so that higher is better; undefined ones are worst."""
-    value = float(task.figures[task.best](scores.tallies.sum(0)))
+    value = task.figure(task.best, scores.tallies)
     value = value if task.higher_is_better else -value
     return value if np.isfinite(value) else -np.inf
 
 
-def report(task: Task, scores: Scores, names: tuple[str, ...], *, resamples: int = 1000, seed: int = 42) -> PartReport:
-    """Sum up a part: the task's figures with intervals over blocks, and each class on its own."""
+def report(
+    task: Task,
+    scores: Scores,
+    names: tuple[str, ...],
+    *,
+    threshold: float | None = None,
+    resamples: int = 1000,
+    seed: int = 42,
+) -> PartReport:
+    """Sum up a part: the task's figures with intervals over blocks, and each class on its own.
+
+    Boxes count from `threshold` on, by default from the one that is best for the part.
+    """
+    if task.answer == "boxes":
+        return _report_boxes(scores, names, threshold, resamples, seed)
     _, block = np.unique(scores.blocks, return_inverse=True)
     by_block = np.zeros((block.max() + 1, *scores.tallies.shape[1:]), scores.tallies.dtype)
     np.add.at(by_block, block.reshape(-1), scores.tallies)
     total, classes = by_block.sum(0), dict[str, dict[str, float]]()
+    intervals: dict[str, dict[str, Interval]] = {}
     confusion: tuple[tuple[int, ...], ...] = ()
     if task.answer == "classes":
         per_class = metrics.per_class(total)
+        drawn = metrics.per_class(metrics.resample(by_block, n=resamples, seed=seed))
+        intervals = {
+            name: {f: Interval.of(per_class[f][k], drawn[f][:, k]) for f in ("f1", "iou")}
+            for k, name in enumerate(names)
+        }
         classes = {name: {f: float(v[k]) for f, v in per_class.items()} for k, name in enumerate(names)}
         confusion = tuple(tuple(int(n) for n in row) for row in total)
     elif task.answer == "labels":
@@ -107,7 +132,29 @@ def report(task: Task, scores: Scores, names: tuple[str, ...], *, resamples: int
             name: metrics.bootstrap(figure, by_block, n=resamples, seed=seed) for name, figure in task.figures.items()
         },
         classes=classes,
+        intervals=intervals,
         confusion=confusion,
+    )
+
+
+def _report_boxes(
+    scores: Scores, names: tuple[str, ...], threshold: float | None, resamples: int, seed: int
+) -> PartReport:
+    found = list(scores.tallies)
+    threshold = precision.best_threshold(found) if threshold is None else threshold
+    total = precision.counts_at(found, threshold).sum(0)
+    classes = {}
+    for name, (hit, support, guessed, iou) in zip(names, total.tolist(), strict=True):
+        figures = _label_figures(int(hit), int(support), int(guessed))
+        # Of boxes it is how well those that were found fit.
+        classes[name] = {**figures, "iou": iou / hit if hit else float("nan")}
+    return PartReport(
+        num_samples=len(found),
+        num_blocks=len(np.unique(scores.blocks)),
+        num_targets=int(total[:, 1].sum()),
+        metrics=precision.figures_with_intervals(found, scores.blocks, threshold, resamples=resamples, seed=seed),
+        classes=classes,
+        threshold=threshold,
     )
 
 

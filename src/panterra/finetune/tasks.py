@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from panterra.data.labelled import IGNORE
 from panterra.errors import InputError
 from panterra.evaluate import metrics
+from panterra.finetune import boxes, precision
 
-Answer = Literal["classes", "labels", "values"]
-"""classes: one of several; labels: any of several; values: a number."""
+Answer = Literal["classes", "labels", "values", "boxes"]
+"""classes: one of several; labels: any of several; values: a number; boxes: objects with a class each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +35,9 @@ class LossOptions:
 Loss = Callable[[Tensor, Tensor, LossOptions], Tensor]
 """From scores [B, K, ...], targets and options to the mean over what is labelled; zero where nothing is."""
 Tally = Callable[[Tensor, Tensor], np.ndarray]
-"""From scores [B, K, ...] and targets to one array of sums per sample, [B, ...]; sums may be added up."""
-Figure = Callable[[np.ndarray], np.ndarray]
-"""From sums, with any axes before their own, to a figure."""
+"""From scores [B, K, ...] and targets to one array of sums per sample, [B, ...]; of boxes to B times `Matches`."""
+Figure = Callable[[Any], Any]
+"""From sums added up, with any axes before their own, to a figure; of boxes from all `Matches`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +47,27 @@ class Task:
     name: str
     answer: Answer
     dense: bool
-    """Whether targets are [B, H, W], one per cell of a grid, or one per sample: [B], [B, K] for labels."""
+    """Whether targets are [B, H, W], one per cell of a grid, or one per sample: [B], [B, K] for labels.
+
+    Boxes are found on a grid too; their targets are [B, M, 5], see `detection_loss`.
+    """
     loss: Loss
     tally: Tally
     figures: Mapping[str, Figure]
-    """Computed from summed tallies."""
+    """Computed from the tallies of all samples together."""
     best: str
     """The figure that decides which epoch is kept."""
     higher_is_better: bool = True
 
     def outputs(self, num_classes: int) -> int:
         """Count the scores per sample or cell."""
-        return 1 if self.answer == "values" else num_classes
+        return {"values": 1, "boxes": num_classes + boxes.SHAPE}.get(self.answer, num_classes)
+
+    def figure(self, name: str, tallies: np.ndarray) -> float:
+        """Compute a figure from the tallies of samples."""
+        if self.answer == "boxes":
+            return float(self.figures[name](list(tallies))[0])
+        return float(self.figures[name](tallies.sum(0)))
 
 
 def cross_entropy(scores: Float[Tensor, "b k *grid"], target: Int[Tensor, b * grid], options: LossOptions) -> Tensor:
@@ -96,6 +106,11 @@ def squared_error(scores: Float[Tensor, "b 1 *grid"], target: Float[Tensor, b * 
     if not bool(known.any()):
         return scores.sum() * 0
     return ((scores[:, 0][known] - target[known]) / options.spread).square().mean()
+
+
+def find_objects(scores: Float[Tensor, "b k y x"], target: Float[Tensor, "b m 5"], options: LossOptions) -> Tensor:
+    """Compare scores with boxes, see `detection_loss`."""
+    return boxes.detection_loss(scores, target)
 
 
 def count_classes(scores: Float[Tensor, "b k *grid"], target: Int[Tensor, b * grid]) -> np.ndarray:
@@ -190,6 +205,15 @@ TASKS: dict[str, Task] = {
             figures=_VALUE_FIGURES,
             best="rmse",
             higher_is_better=False,
+        ),
+        Task(
+            name="detection",
+            answer="boxes",
+            dense=True,
+            loss=find_objects,
+            tally=precision.match_windows,
+            figures={"ap50": precision.ap50, "ap": precision.ap},
+            best="ap50",
         ),
     )
 }

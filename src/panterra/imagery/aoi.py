@@ -15,7 +15,7 @@ from pyogrio.errors import DataSourceError
 from pyproj import Transformer
 
 from panterra.errors import InputError
-from panterra.imagery.stac import utm_at
+from panterra.imagery.grids import utm_at
 from panterra.modalities import MODALITIES
 
 FAR_DEGREES = 9.0

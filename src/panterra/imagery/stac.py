@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +25,10 @@ import torch
 from affine import Affine
 from odc.geo import CRS
 from odc.geo.geobox import GeoBox
-from rasterio.errors import RasterioError
-from rasterio.warp import transform, transform_bounds
 
 from panterra.errors import InputError
-from panterra.imagery.raster import Bools, Floats, crs_for_rasterio, grid_of, read_onto
+from panterra.imagery.grids import bounds_in, common_crs, footprint, lonlat
+from panterra.imagery.raster import Bools, Floats, grid_of, read_onto
 from panterra.modalities import MODALITIES, Modality
 from panterra.sample import Batch, Observation, to_days
 
@@ -39,12 +38,18 @@ READERS = 32
 """Threads that read files, shared by all scenes: GDAL lets go of Python's lock while it waits and decodes."""
 
 AHEAD = 4
-"""Items that `Scene.read` has in hand while it waits for one."""
+"""Items whose masks, and as many whose bands, `Scene.read` has in hand while it waits for one."""
 
 T = TypeVar("T")
 
+Reading = Callable[[], tuple[Floats, Bools]]
+"""Waits for files and returns their pixels [C, H, W] and where these are data [H, W]."""
+
 MODALITY = "panterra:modality"
 """The property by which an item says which row of `MODALITIES` it is."""
+
+INDEX = "panterra:index"
+"""Which band of its file a band is, counted from 1, where bands are listed in another order."""
 
 SUBSTITUTES = {
     "sentinel2_l2a": {"B01": "B02", "B09": "B8A", "B8A": "B08", "B08": "B8A"},
@@ -154,11 +159,11 @@ class Scene:
         items = self._of(modality)
         return tuple(name for name in MODALITIES[modality].band_names if any(name not in i.bands for i in items))
 
-    def geobox(self, resolution: float = 10.0, modality: str | None = None) -> GeoBox:
+    def geobox(self, resolution: float = 10.0, modality: str | None = None, *, crs: CRS | None = None) -> GeoBox:
         """Return the smallest grid over the items of a modality, on the pixel edges of the files.
 
-        Without a modality these are all series of images, or all items where there is none. The CRS is the commonest
-        projected one of the files, or the UTM zone of the first where all are geographic.
+        Without a modality these are all series of images, or all items where there is none. The CRS is the one given,
+        or else that which `common_crs` chooses: the UTM zone with most of the area.
         """
         if modality is None:
             series = tuple(item for item in self.items if MODALITIES[item.modality].kind == "series")
@@ -166,15 +171,13 @@ class Scene:
         else:
             items = self._of(modality)
         grids = [item.grid or _grid_of_files(item) for item in items]
-        projected = [str(grid.crs) for grid in grids if grid.crs is not None and grid.crs.projected]
-        if projected:
-            crs = CRS(max(dict.fromkeys(projected), key=projected.count))
-            anchors = [grid for grid in grids if grid.crs == crs and _north_up(grid)]
-        else:
-            crs, anchors = utm_at(*_centre(grids[0])), []
+        crs = crs if crs is not None else common_crs(grids)
+        anchors = [grid for grid in grids if grid.crs == crs and _north_up(grid)]
         nearest = min(anchors, key=lambda grid: abs(math.log(abs(grid.affine.a) / resolution)), default=None)
         x0, y0 = (nearest.affine.c, nearest.affine.f) if nearest is not None else (0.0, 0.0)
-        edges = np.array([_bounds(grid, crs) for grid in grids])
+        edges = np.array([bounds_in(grid, crs) for grid in grids])
+        if not np.isfinite(edges).all():
+            raise InputError(f"parts of the scene lie where {crs} cannot show them; choose another CRS")
         # A box may begin a millionth of a pixel inside: coordinates in files are rounded.
         left = math.floor((edges[:, 0].min() - x0) / resolution + 1e-6)
         right = math.ceil((edges[:, 2].max() - x0) / resolution - 1e-6)
@@ -188,7 +191,8 @@ class Scene:
 
         A modality finer than the common grid has that many times more pixels; a coarser one is brought to the grid.
         Items of one date are laid over each other in the order of the scene, the first valid pixel wins; so are all
-        items of a still image, the newest first. A pixel is valid where every band is.
+        items of a still image, the newest first. A pixel is valid where every band is. Bands are not read where the
+        mask of their item leaves nothing of the box.
         """
         spec, items = MODALITIES[modality], self._of(modality)
         dates = self.dates(modality)
@@ -205,16 +209,11 @@ class Scene:
             np.copyto(pixels[step], values, where=fresh)
             valid[step] |= fresh
 
-        coming: deque[tuple[int, Callable[[], tuple[Floats, Bools]]]] = deque()
-        for step, layer in enumerate(layers):
-            for item in (item for item in layer if _touches(item, grid)):
-                coming.append((step, self._start(item, spec, grid)))
-                if len(coming) > AHEAD:
-                    first, finish = coming.popleft()
-                    lay(first, *finish())
-        while coming:
-            first, finish = coming.popleft()
-            lay(first, *finish())
+        there = ((step, item) for step, layer in enumerate(layers) for item in layer if _touches(item, grid))
+        asked = ((step, self._ask(item, spec, grid)) for step, item in there)
+        for step, finish in _early((step, begin()) for step, begin in _early(asked)):
+            if finish is not None:
+                lay(step, *finish())
         return Observation(
             pixels=torch.from_numpy(pixels)[None],
             dates=torch.tensor([[to_days(date) for date in dates]], dtype=torch.int64),
@@ -239,7 +238,14 @@ class Scene:
             raise InputError(f"the scene has no {modality}; it holds {', '.join(self.modalities)}")
         return items
 
-    def _start(self, item: SceneItem, spec: Modality, grid: GeoBox) -> Callable[[], tuple[Floats, Bools]]:
+    def _ask(self, item: SceneItem, spec: Modality, grid: GeoBox) -> Callable[[], Reading | None]:
+        """Begin to read the mask of an item; the answer waits for it, and is None where nothing is to be seen."""
+        if item.mask is None or not self.apply_masks:
+            return lambda: self._start(item, spec, grid, np.ones(grid.shape, np.bool_))
+        mask = _submit(item.mask[0], _read_mask, item.mask[1], grid)
+        return lambda: self._start(item, spec, grid, mask.result()) if mask.result().any() else None
+
+    def _start(self, item: SceneItem, spec: Modality, grid: GeoBox, seen: Bools) -> Reading:
         """Begin to read the files of an item; the answer waits for them and returns pixels [C, H, W] and [H, W]."""
         sources = self._sources(item, spec)
         wanted = set(sources.values())
@@ -248,16 +254,15 @@ class Scene:
             bands = tuple(band for band in asset.bands if band.name in wanted)
             if bands:
                 jobs.append((bands, _submit(asset.href, _read_asset, bands, spec, grid)))
-        mask = _submit(item.mask[0], _read_mask, item.mask[1], grid) if item.mask and self.apply_masks else None
 
         def finish() -> tuple[Floats, Bools]:
             found: dict[str, Floats] = {}
-            seen = np.ones(grid.shape, np.bool_) if mask is None else mask.result()
+            everywhere = seen
             for bands, job in jobs:
                 values, valid = job.result()
                 found |= {band.name: values[i] for i, band in enumerate(bands)}
-                seen &= valid
-            return np.stack([found[sources[name]] for name in spec.band_names]), seen
+                everywhere = everywhere & valid
+            return np.stack([found[sources[name]] for name in spec.band_names]), everywhere
 
         return finish
 
@@ -333,12 +338,11 @@ def make_item(
     """
     spec = MODALITIES[modality]
     day = dt.date.fromisoformat(date[:10]) if isinstance(date, str) else date
-    lon, lat = _outline(box)
-    ring = [[x, y] for x, y in zip(lon, lat, strict=True)]
+    geometry, bbox = footprint(box)
     item = pystac.Item(
         id=id,
-        geometry={"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
-        bbox=[min(lon), min(lat), max(lon), max(lat)],
+        geometry=geometry,
+        bbox=bbox,
         datetime=dt.datetime(day.year, day.month, day.day, tzinfo=dt.UTC),
         properties={
             MODALITY: modality,
@@ -356,7 +360,9 @@ def make_item(
                 href=asset.href,
                 media_type=pystac.MediaType.COG if asset.href.endswith(".tif") else None,
                 roles=["data"] if asset.bands else ["data-mask"],
-                extra_fields={"bands": [_band_dict(band, spec) for band in asset.bands]} if asset.bands else {},
+                extra_fields={"bands": [_band_dict(b, i, spec) for i, b in enumerate(asset.bands, 1)]}
+                if asset.bands
+                else {},
             ),
         )
     return item
@@ -660,7 +666,7 @@ def _own_band(item: str, note: Mapping[str, Any], index: int, spec: Modality) ->
     nodata = note.get("nodata")
     return SceneBand(
         name=str(note.get("name")),
-        index=index,
+        index=int(note.get(INDEX, index)),
         nodata=None if nodata is None else float(nodata),
         scale=note.get("raster:scale"),
         offset=note.get("raster:offset"),
@@ -668,9 +674,11 @@ def _own_band(item: str, note: Mapping[str, Any], index: int, spec: Modality) ->
     )
 
 
-def _band_dict(band: SceneBand, spec: Modality) -> dict[str, Any]:
+def _band_dict(band: SceneBand, place: int, spec: Modality) -> dict[str, Any]:
+    """Describe the band at a place of the list, counted from 1; its index in the file where that is another one."""
     stated = {
         "name": band.name,
+        INDEX: band.index if band.index != place else None,
         "unit": band.unit or spec.unit,
         # JSON has no NaN: STAC spells it as a string.
         "nodata": band.nodata if band.nodata is None or math.isfinite(band.nodata) else str(band.nodata),
@@ -722,6 +730,16 @@ def _reader(process: int, number: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"panterra-read-{number}")
 
 
+def _early(things: Iterable[T]) -> Iterator[T]:
+    """Ask for `AHEAD` things before the first is given."""
+    held: deque[T] = deque()
+    for thing in things:
+        held.append(thing)
+        if len(held) > AHEAD:
+            yield held.popleft()
+    yield from held
+
+
 def _submit(href: str, read: Callable[..., T], *how: Any) -> Future[T]:
     """Read a file in the thread that always reads it, so that it is open, and its blocks are cached, once."""
     return _reader(os.getpid(), zlib.crc32(href.encode()) % READERS).submit(read, href, *how)
@@ -763,7 +781,7 @@ def _touches(item: SceneItem, box: GeoBox) -> bool:
     """Tell whether an item may have pixels in a box; True where that is not known."""
     if item.grid is None:
         return True
-    left, bottom, right, top = _bounds(item.grid, box.crs)
+    left, bottom, right, top = bounds_in(item.grid, box.crs)
     if not all(map(math.isfinite, (left, bottom, right, top))):
         return True
     west, south, east, north = box.boundingbox
@@ -772,43 +790,11 @@ def _touches(item: SceneItem, box: GeoBox) -> bool:
     return left < east + reach and right > west - reach and bottom < north + reach and top > south - reach
 
 
-@functools.lru_cache(maxsize=4096)
-def _bounds(grid: GeoBox, crs: CRS | None) -> tuple[float, float, float, float]:
-    """Left, bottom, right, top of a grid in another CRS; infinite where it cannot be said."""
-    west, south, east, north = grid.boundingbox
-    if grid.crs == crs:
-        return west, south, east, north
-    try:
-        return cast(
-            tuple[float, float, float, float],
-            transform_bounds(crs_for_rasterio(grid.crs), crs_for_rasterio(crs), west, south, east, north),
-        )
-    except RasterioError:
-        return -math.inf, -math.inf, math.inf, math.inf
-
-
-def _outline(box: GeoBox) -> tuple[list[float], list[float]]:
-    """Longitudes and latitudes of the corners of a box, anticlockwise."""
-    height, width = box.shape
-    corners = [box.affine @ corner for corner in ((0, height), (width, height), (width, 0), (0, 0))]
-    return _lonlat(box.crs, [x for x, _ in corners], [y for _, y in corners])
-
-
 def _centre(box: GeoBox) -> list[float]:
     height, width = box.shape
     x, y = box.affine @ (width / 2, height / 2)
-    (lon,), (lat,) = _lonlat(box.crs, [x], [y])
+    (lon,), (lat,) = lonlat(box.crs, [x], [y])
     return [lon, lat]
-
-
-def _lonlat(crs: CRS | None, x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    return cast(tuple[list[float], list[float]], transform(crs_for_rasterio(crs), "EPSG:4326", x, y)[:2])
-
-
-def utm_at(lon: float, lat: float) -> CRS:
-    """Return the UTM zone of a place."""
-    zone = int((lon + 180) // 6) % 60 + 1
-    return CRS(f"EPSG:{32600 + zone if lat >= 0 else 32700 + zone}")
 
 
 def _north_up(grid: GeoBox) -> bool:

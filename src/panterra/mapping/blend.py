@@ -64,6 +64,11 @@ class Canvas:
         self.total[:height, :width] += other.total[:height, :width]
         self.weight[:height, :width] += other.weight[:height, :width]
 
+    def forget(self, where: np.ndarray) -> None:
+        """Take what was added at some patches, bool [H, W], for unseen."""
+        self.total[where] = 0
+        self.weight[where] = 0
+
     def mean(self) -> np.ndarray:
         """Return the blended features, float32 [H, W, D]; NaN where nothing was seen."""
         with np.errstate(invalid="ignore"):

@@ -373,8 +373,9 @@ def attend_by_distance(
     nowhere = torch.zeros_like(keys, dtype=q.dtype).masked_fill(~keys, NOWHERE)[:, None, None]
     if not in_steps:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias + nowhere).transpose(1, 2).flatten(2)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + (bias + nowhere)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    pairs = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + (bias + nowhere)
+    out: Tensor = (pairs.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return out
 
 
 def feed_forward(part: MLP, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

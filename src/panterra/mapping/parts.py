@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rasterio.errors import RasterioError
+from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from panterra.errors import InputError
@@ -22,11 +24,32 @@ Edges = tuple[Canvas, Canvas]
 """What a tile's windows add to the tile on the right (and below that), and to the tile below."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a tile could not be made, however often it was tried."""
+
+    reason: str
+
+
+class IncompleteError(InputError):
+    """An output was written whole but for some tiles, which are nodata; the same job tries these again."""
+
+    def __init__(self, message: str, *, failed: Mapping[str, str], result: Any) -> None:
+        super().__init__(message)
+        self.failed = failed
+        """The reason for each tile."""
+        self.result = result
+        """What the job would have returned."""
+
+
 class Parts:
     """Finished tiles in `<out>.parts`, each a file that appears whole; killed at any moment, the job can go on.
 
     `job` is all that the bytes of the output depend on. Parts of another job are never mixed in. Tiles are read and
     held by one thread and saved by another.
+
+    Tiles that failed are tried again when the job is opened again, and so are the neighbours that were blended without
+    them: then the bytes are those of a job without failures.
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -52,6 +75,10 @@ class Parts:
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
             self._write("job.json", json.dumps(wanted, indent=1, sort_keys=True).encode())
+            self._try_again()
+        self.failed: dict[str, str] = {}
+        """The reason for each tile that failed since the job was opened."""
+        self._again: set[str] = set()
         self._finished = {path.stem for path in self.folder.glob("tile_*.safetensors")}
         self._held: dict[tuple[int, int], Edges] = {}
 
@@ -66,8 +93,27 @@ class Parts:
         """Keep what a tile adds to its neighbours in memory, until `save` has it on disk."""
         self._held[tile.row, tile.col] = edges
 
-    def edges(self, row: int, col: int) -> Edges:
-        """Return what a tile, held or saved, adds to its neighbours."""
+    def fail(self, tile: Tile, failure: Failure) -> None:
+        """Note that a tile cannot be made; its neighbours are to be made without it."""
+        self.failed[tile.name] = failure.reason
+        # Tiles without windows are not blended with others.
+        near = ((0, 1), (1, 0), (1, 1)) if tile.windows else ()
+        self._again |= {tile.name, *(f"{tile.row + down:05d}_{tile.col + right:05d}" for down, right in near)}
+        note = {"failed": self.failed, "again": sorted(self._again)}
+        self._write("failed.json", json.dumps(note, indent=1).encode())
+
+    def _try_again(self) -> None:
+        """Take tiles that failed, and those blended without them, for unfinished."""
+        note = self.folder / "failed.json"
+        if note.is_file():
+            for name in json.loads(note.read_text(encoding="utf-8"))["again"]:
+                (self.folder / f"tile_{name}.safetensors").unlink(missing_ok=True)
+            note.unlink()
+
+    def edges(self, row: int, col: int) -> Edges | None:
+        """Return what a tile, held or saved, adds to its neighbours; None where it failed."""
+        if f"{row:05d}_{col:05d}" in self.failed:
+            return None
         held = self._held.get((row, col))
         if held is not None:
             return held
@@ -84,13 +130,16 @@ class Parts:
             self._save(self._edges_path(*place).name, edges)
         self._save(self._tile_path(tile).name, arrays)
         self._held.pop(place, None)
-        # The tiles to its left and above are done as well, so nobody needs the corner between them any more.
-        if tile.row and tile.col:
+        # The tiles to its left and above are done as well, so nobody needs the corner between them any more; unless one
+        # of the three is to be made again.
+        left, above = f"{tile.row:05d}_{tile.col - 1:05d}", f"{tile.row - 1:05d}_{tile.col:05d}"
+        if tile.row and tile.col and not self._again & {tile.name, left, above}:
             self._edges_path(tile.row - 1, tile.col - 1).unlink(missing_ok=True)
 
-    def load(self, tile: Tile) -> dict[str, np.ndarray]:
-        """Return the pixels of a finished tile."""
-        return load_file(self._tile_path(tile))
+    def load(self, tile: Tile, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Return what was saved of a finished tile, all of it or some arrays."""
+        with safe_open(self._tile_path(tile), "numpy") as file:
+            return {name: file.get_tensor(name) for name in (names if names is not None else file.keys())}
 
     def forget(self) -> None:
         """Take every tile for unfinished."""

@@ -14,12 +14,11 @@ from typing import Any
 
 import pystac
 from odc.geo.geobox import GeoBox
-from rasterio.warp import transform
 
 import panterra
 from panterra.energy import EnergyReport
 from panterra.energy.impact import impact_of
-from panterra.imagery.raster import crs_for_rasterio
+from panterra.imagery.grids import footprint
 from panterra.imagery.stac import pixel_metres
 from panterra.mapping.embeddings import proj_fields
 
@@ -38,22 +37,21 @@ def write_passport(
     assets: Mapping[str, pystac.Asset],
     *,
     energy: EnergyReport,
+    area_km2: float | None = None,
     licence: str | None,
     properties: Mapping[str, Any],
 ) -> pystac.Item:
     """Write a STAC 1.1 item beside outputs on `box`: what they show, what made them, at what cost.
 
-    Assets carry absolute paths and leave with relative ones and checksums. `dates` are those of the inputs.
+    Assets carry absolute paths and leave with relative ones and checksums. `dates` are those of the inputs. The cost is
+    told for each of `area_km2`, by default those of the box.
     """
-    ring = _outline(box)
+    geometry, bbox = footprint(box, per_side=8)
     now = dt.datetime.now(dt.UTC).replace(microsecond=0)
     item = pystac.Item(
         id=path.name.removesuffix(".json"),
-        geometry={"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
-        bbox=[
-            *(min(values) for values in zip(*ring, strict=True)),
-            *(max(values) for values in zip(*ring, strict=True)),
-        ],
+        geometry=geometry,
+        bbox=bbox,
         datetime=None if dates else now,
         start_datetime=_at(min(dates), dt.time.min) if dates else None,
         end_datetime=_at(max(dates), dt.time(23, 59, 59)) if dates else None,
@@ -63,7 +61,7 @@ def write_passport(
             "processing:datetime": _rfc3339(now),
             "processing:software": software(),
             "panterra:energy": energy.as_dict(),
-            "panterra:impact": impact_of(energy).as_dict(area_km2=_area_km2(box)),
+            "panterra:impact": impact_of(energy).as_dict(area_km2=area_km2 or _area_km2(box)),
             "emb:energy": {
                 "energy_kwh": energy.kwh,
                 "inference_duration_s": energy.seconds,
@@ -110,22 +108,6 @@ def size(path: Path) -> int:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.is_file())
-
-
-def _outline(box: GeoBox) -> list[list[float]]:
-    """Longitude and latitude of points along a box's edge, anticlockwise."""
-    assert box.crs is not None
-    height, width = box.shape
-    steps = [i / 8 for i in range(8)]
-    edge = [
-        *((0, s) for s in steps),
-        *((s, 1) for s in steps),
-        *((1, 1 - s) for s in steps),
-        *((1 - s, 0) for s in steps),
-    ]
-    x, y = zip(*(box.affine @ (across * width, down * height) for across, down in edge), strict=True)
-    lon, lat = transform(crs_for_rasterio(box.crs), "EPSG:4326", x, y)[:2]
-    return [[round(a, 9), round(b, 9)] for a, b in zip(lon, lat, strict=True)]
 
 
 def _area_km2(box: GeoBox) -> float | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pystac
@@ -29,7 +30,9 @@ from panterra.evaluate.probes import Probe, load_probe
 from panterra.finetune.model import FineTuned, is_finetuned, load_finetuned
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import Scene, open_scene
-from panterra.mapping.effort import Account, accounted, area_km2
+from panterra.mapping.areas import Area, lay_grid, parse_crs, read_area
+from panterra.mapping.cluster import check_on, painters
+from panterra.mapping.effort import Account, accounted
 from panterra.mapping.embeddings import (
     DTYPES,
     INT8_RULE,
@@ -43,19 +46,25 @@ from panterra.mapping.embeddings import (
     open_embeddings,
     write_zarr,
 )
-from panterra.mapping.parts import Parts
+from panterra.mapping.parts import Failure, IncompleteError, Parts
 from panterra.mapping.passport import write_passport
+from panterra.mapping.seams import KEYS, PROPERTY, SeamScore, seam_score, tile_seams
 from panterra.mapping.sources import Encoding, Stored
-from panterra.mapping.tiles import Tile
+from panterra.mapping.tiles import Borders, Tile
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder, Fitted
 from panterra.sample import Batch
 
+Result = TypeVar("Result")
+
 Progress = Callable[[int, int], None]
 """Called with how many windows (of stored embeddings: blocks) are done and how many there are."""
 Note = Callable[[str], None]
 """Told in a sentence what else is being done."""
+
+FAILURES_AT_FIRST, FAILURES_IN_A_ROW = 3, 100
+"""So many failed tiles, before the first good one or one after the other, stop a job: it is not the tiles."""
 
 STATISTICS_BYTES = 2**25
 """What the pixels of a block may take where statistics are fitted; several copies of it are made."""
@@ -74,6 +83,7 @@ class MapResult:
     impact: Impact
     """Of all starts of the run together."""
     area_km2: float
+    seams: SeamScore
 
 
 def embed(
@@ -87,9 +97,12 @@ def embed(
     overlap_px: int = 16,
     dtype: Dtype = "float32",
     box: GeoBox | None = None,
+    crs: str | None = None,
+    aoi: str | Path | Area | None = None,
     tile_px: int | None = None,
     batch_windows: int = 8,
     workers: int = 1,
+    on: str = "local",
     overwrite: bool = False,
     country: str | None = None,
     budget_kwh: float | None = None,
@@ -103,15 +116,25 @@ def embed(
     Tiles of at most `tile_px` are units of work alone: their size changes the result by rounding, below 1e-4.
     `batch_windows` go through the encoder together; `workers` tiles are read ahead.
 
-    The common grid has pixels of 10 m, or those of the finest modality where all are coarser. An encoder that has no
+    The common grid has pixels of 10 m, or those of the finest modality where all are coarser. It is in the projected
+    `crs`, such as "EPSG:3035", or in the one that `panterra.imagery.grids.common_crs` chooses for images in several.
+    Only what lies inside `aoi` is mapped, a vector file or "west,south,east,north" in degrees: the rest is nodata and
+    costs no work. An encoder that has no
     statistics of what it is to be shown (see `Fitted`) gets those of everything in the box, fitted once beforehand.
 
     Finished tiles lie in `<out>.parts`: after any interruption the same call goes on from there and ends with the same
     bytes. Raises InputError where `out` exists or the parts are of another job, unless `overwrite`.
 
+    `on` says where tiles are computed: in this process, in others ("processes:4") or on a Ray cluster ("ray", or
+    "ray://HOST:10001"), with the same bytes; see `panterra.mapping.cluster`.
+
+    A tile that cannot be made is tried again, then left without data: the output is complete but for such tiles, its
+    passport lists them, and IncompleteError is raised. The same call tries them again.
+
     `budget_kwh` is what all starts of the job may take: BudgetError is raised beforehand where jobs like it have taken
     more, and between tiles when it is used up.
     """
+    area = read_area(aoi) if aoi is not None else None
     encoder, scene, out = _as_encoder(model), _as_scene(scene), Path(out)  # a model may declare modalities of its own
     cog = out.suffix.lower() in (".tif", ".tiff")
     if dtype not in DTYPES:
@@ -123,15 +146,18 @@ def embed(
     work = Encoding.plan(
         scene,
         encoder,
-        box=box if box is not None else common_grid(scene, encoder, modalities),
+        box=_one_grid(box, crs) or common_grid(scene, encoder, modalities, crs=crs, area=area),
         patch_m=patch_m,
         modalities=modalities,
+        area=area,
         window_px=window_px,
         overlap_px=overlap_px,
         tile_px=tile_px,
         batch_windows=batch_windows,
         workers=workers,
     )
+
+    check_on(on, work, budget_kwh)
 
     def about() -> dict[str, Any]:
         return {**work.about, "licence": scene.licence}
@@ -144,6 +170,7 @@ def embed(
             parts=parts,
             convert=lambda features: {"embeddings": cog_bands(features, dtype)},
             tiles=work.tiles,
+            borders=work.borders,
             create=lambda folder: {
                 "embeddings": CogWriter(
                     folder / out.name,
@@ -161,6 +188,7 @@ def embed(
         sink = _Zarr(
             parts=parts,
             num_tiles=work.lattice.num_tiles,
+            borders=work.borders,
             create=lambda path: create_zarr(
                 path,
                 work.grid,
@@ -171,7 +199,9 @@ def embed(
                 about=about(),
             ),
         )
-    account = _run("embed", work, parts, sink, country=country, budget_kwh=budget_kwh, progress=progress, note=note)
+    account = _run(
+        "embed", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
+    )
     media_type = pystac.MediaType.COG if cog else "application/vnd.zarr; version=3"
     asset = pystac.Asset(str(out.absolute()), media_type=media_type, roles=["data"], extra_fields={"data_type": dtype})
     about_embeddings = {
@@ -180,7 +210,7 @@ def embed(
         **({"emb:quantization": INT8_RULE} if dtype == "int8" else {}),
     }
     _conclude(work, parts, {"embeddings": asset}, account.total, about_embeddings)
-    return open_embeddings(out)
+    return _complete(open_embeddings(out), work, parts)
 
 
 def map(
@@ -190,6 +220,8 @@ def map(
     *,
     model: Encoder | str | Path | None = None,
     box: GeoBox | None = None,
+    crs: str | None = None,
+    aoi: str | Path | Area | None = None,
     probabilities: bool = False,
     patch_m: float | None = None,
     modalities: Sequence[str] | None = None,
@@ -198,6 +230,7 @@ def map(
     tile_px: int | None = None,
     batch_windows: int = 8,
     workers: int = 1,
+    on: str = "local",
     overwrite: bool = False,
     country: str | None = None,
     budget_kwh: float | None = None,
@@ -218,6 +251,8 @@ def map(
     """
     started, out = time.perf_counter(), Path(out)
     probe = as_probe(probe) if isinstance(probe, str | Path) else probe
+    if probe.task == "boxes":
+        raise InputError("the model finds objects, which are listed rather than mapped; use panterra detect")
     if out.suffix.lower() not in (".tif", ".tiff"):
         raise InputError(f"a map is written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if probabilities and probe.task != "classes":
@@ -226,8 +261,8 @@ def map(
     if isinstance(scene, EmbeddingStore) or (not isinstance(scene, Scene) and _is_store(scene)):
         if isinstance(probe, FineTuned):
             raise InputError("a fine-tuned model maps scenes, not stored embeddings; give the scene itself")
-        if box is not None or model is not None:
-            raise InputError("stored embeddings have their own area and encoder; leave out box and model")
+        if any(given is not None for given in (box, crs, aoi, model)):
+            raise InputError("stored embeddings have their own area and encoder; leave out box, crs, aoi and model")
         store = scene if isinstance(scene, EmbeddingStore) else open_embeddings(scene)
         work = Stored(store=store, workers=workers)
     else:
@@ -235,7 +270,9 @@ def map(
             probe,
             scene,
             model=model,
-            box=box,
+            box=_one_grid(box, crs),
+            crs=crs,
+            area=read_area(aoi) if aoi is not None else None,
             patch_m=patch_m,
             modalities=modalities,
             window_px=window_px,
@@ -245,6 +282,7 @@ def map(
             workers=workers,
         )
     check_fit(probe, work)
+    check_on(on, work, budget_kwh)
     about_probe = _probe_passport(probe)
     beside = out.with_name(f"{out.stem}_probabilities.tif") if probabilities else None
     assets = {"map": _map_asset(probe, out)}
@@ -253,9 +291,11 @@ def map(
         assets["probabilities"] = _tif_asset(beside, bands=bands, data_type="float32")
     parts = Parts(out, {**work.job, "probe": about_probe, "probabilities": probabilities}, overwrite=overwrite)
     sink = _map_sink(probe, work, out, beside, parts)
-    account = _run("map", work, parts, sink, country=country, budget_kwh=budget_kwh, progress=progress, note=note)
-    _conclude(work, parts, assets, account.total, {"panterra:probe": about_probe})
-    return MapResult(
+    account = _run(
+        "map", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
+    )
+    seams = _conclude(work, parts, assets, account.total, {"panterra:probe": about_probe})
+    result = MapResult(
         path=out,
         passport=_beside(out),
         probabilities=beside,
@@ -263,8 +303,10 @@ def map(
         encoder_seconds=work.encoder_seconds,
         energy=account.energy,
         impact=impact_of(account.total),
-        area_km2=area_km2(work.grid, math.prod(work.grid.shape)),
+        area_km2=work.area_km2,
+        seams=seams,
     )
+    return _complete(result, work, parts)
 
 
 def encoding_for(
@@ -280,6 +322,8 @@ def encoding_for(
     tile_px: int | None,
     batch_windows: int,
     workers: int,
+    crs: str | None = None,
+    area: Area | None = None,
 ) -> Encoding:
     """Plan the features that a probe or a fine-tuned model needs; it says what is not given."""
     source, tuned = probe.source, probe if isinstance(probe, FineTuned) else None
@@ -290,11 +334,13 @@ def encoding_for(
     encoder = tuned or _as_encoder(cast("Encoder | str | Path", model or (source and source.encoder)))
     if source is not None and source.statistics and isinstance(encoder, Fitted):
         encoder = encoder.with_statistics(source.statistics)
-    scene, seen = _as_scene(scene), modalities or (source.modalities if source else None)
+    scene = tuned.narrow(_as_scene(scene)) if tuned else _as_scene(scene)
+    seen = modalities or (source.modalities if source else None)
     return Encoding.plan(
         scene,
         encoder,
-        box=box if box is not None else common_grid(scene, encoder, seen),
+        box=box if box is not None else common_grid(scene, encoder, seen, crs=crs, area=area),
+        area=area,
         patch_m=cast(float, patch_m or (source and source.patch_m)),
         modalities=seen,
         window_px=window_px or (source.window_px if source else 64),
@@ -311,6 +357,7 @@ def _run(
     parts: Parts,
     sink: _Cogs | _Zarr,
     *,
+    on: str,
     country: str | None,
     budget_kwh: float | None,
     progress: Progress | None,
@@ -334,16 +381,48 @@ def _run(
                 sink.again(tile)
             advance(sum(work.cost(tile) for tile in finished))
             todo = (tile for tile in work.tiles() if not parts.has(tile))
-            with ThreadPoolExecutor(1, "panterra-write") as writer:
+            in_a_row = 0
+            with painters(on, work, parts, note) as canvases, ThreadPoolExecutor(1, "panterra-write") as writer:
                 writing: deque[Future[None]] = deque()
-                for tile, features in work.features(todo, parts, advance):
+                for tile, features in work.features(todo, parts, advance, canvases):
+                    if isinstance(features, Failure):
+                        in_a_row += 1
+                        most = FAILURES_IN_A_ROW if finished or account.tiles else FAILURES_AT_FIRST
+                        if in_a_row == most:
+                            raise _stopped(parts, f"the last {most} tiles could not be made")
+                        continue
+                    in_a_row = 0
                     writing.append(writer.submit(sink.put, tile, features))
                     account.finish(tile)
                     if len(writing) > 1:
                         writing.popleft().result()
                 for last in writing:
                     last.result()
+            if parts.failed and not finished and not account.tiles:
+                raise _stopped(parts, "no tile could be made")
     return account
+
+
+def _stopped(parts: Parts, why: str) -> InputError:
+    name, reason = next(reversed(parts.failed.items()))
+    return InputError(
+        f"stopped, as {why}: tile {name} {reason}; finished tiles are kept in {parts.folder}, and the same job goes on "
+        "from there when this is put right"
+    )
+
+
+def _complete(result: Result, work: Encoding | Stored, parts: Parts) -> Result:
+    """Return what was made, or raise IncompleteError where tiles are missing in it."""
+    if not parts.failed:
+        return result
+    name, reason = next(iter(parts.failed.items()))
+    raise IncompleteError(
+        f"{parts.out} is complete but for {len(parts.failed)} of {sum(1 for _ in work.tiles())} tiles, which are "
+        f"nodata (the passport lists them): tile {name} {reason}; the others are kept in {parts.folder}, and the same "
+        "job tries these again",
+        failed=parts.failed,
+        result=result,
+    )
 
 
 def _standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
@@ -391,19 +470,38 @@ def _conclude(
     assets: Mapping[str, pystac.Asset],
     energy: EnergyReport,
     properties: Mapping[str, Any],
-) -> None:
-    """Write the passport and take the parts away."""
+) -> SeamScore:
+    """Tell how far borders show, write the passport and take the parts away, unless tiles are to be tried again."""
     with parts.guard():
+        seams = seam_score(work.tiles(), lambda t: None if t.name in parts.failed else parts.load(t, KEYS))
         write_passport(
             _beside(parts.out),
             work.grid,
             work.dates,
             assets,
             energy=energy,
+            area_km2=work.area_km2,
             licence=work.licence,
-            properties={**properties, **work.origin, "panterra:encoder_seconds": round(work.encoder_seconds, 3)},
+            properties={
+                **properties,
+                **work.origin,
+                "panterra:encoder_seconds": round(work.encoder_seconds, 3),
+                PROPERTY: seams.as_dict(),
+                **({"panterra:failed_tiles": _failed_tiles(work, parts)} if parts.failed else {}),
+            },
         )
-        parts.remove()
+        if not parts.failed:
+            parts.remove()
+    return seams
+
+
+def _failed_tiles(work: Encoding | Stored, parts: Parts) -> list[dict[str, Any]]:
+    """List the tiles that are missing in an output, each with its rows and columns."""
+    return [
+        {"tile": tile.name, "reason": parts.failed[tile.name], **asdict(tile.core)}
+        for tile in work.tiles()
+        if tile.name in parts.failed
+    ]
 
 
 def _beside(out: Path) -> Path:
@@ -418,11 +516,25 @@ def _is_store(path: str | Path) -> bool:
     return (Path(path) / "zarr.json").is_file() or Path(path).suffix.lower() in (".tif", ".tiff")
 
 
-def common_grid(scene: Scene, encoder: Encoder, modalities: Sequence[str] | None = None) -> GeoBox:
+def common_grid(
+    scene: Scene,
+    encoder: Encoder,
+    modalities: Sequence[str] | None = None,
+    *,
+    crs: str | None = None,
+    area: Area | None = None,
+) -> GeoBox:
     """Lay the common grid over a scene: 10 m, or the finest of the modalities to be used where all are coarser."""
     used = [MODALITIES[name] for name in modalities or scene.modalities if name in encoder.modalities]
     sizes = [spec.gsd for spec in used if spec.kind in ("series", "still")]
-    return scene.geobox(max(10.0, min(sizes, default=10.0)))
+    resolution = max(10.0, min(sizes, default=10.0))
+    return lay_grid(scene, resolution, crs=parse_crs(crs) if crs is not None else None, area=area)
+
+
+def _one_grid(box: GeoBox | None, crs: str | None) -> GeoBox | None:
+    if box is not None and crs is not None:
+        raise InputError("a box has its own CRS; leave out crs, or give an aoi instead of the box")
+    return box
 
 
 def _as_encoder(model: Encoder | str | Path) -> Encoder:
@@ -459,6 +571,7 @@ class _Cogs:
 
     parts: Parts
     tiles: Callable[[], Iterable[Tile]]
+    borders: tuple[Borders, Borders]
     convert: Callable[[np.ndarray], dict[str, np.ndarray]]
     """Makes the pixels of each file from features [h, w, D]."""
     create: Callable[[Path], dict[str, CogWriter]]
@@ -489,7 +602,7 @@ class _Cogs:
 
     def put(self, tile: Tile, features: np.ndarray) -> None:
         pixels = self.convert(features)
-        self.parts.save(tile, pixels)
+        self.parts.save(tile, {**pixels, **tile_seams(features, tile, self.borders)})
         self._write(tile, pixels)
 
     def again(self, tile: Tile) -> None:
@@ -502,7 +615,7 @@ class _Cogs:
     def _check(self, name: str, path: Path) -> None:
         """Compare a file with the tiles: GDAL does not always say when a disk is full."""
         with rasterio.open(path) as file:
-            for tile in self.tiles():
+            for tile in (tile for tile in self.tiles() if tile.name not in self.parts.failed):
                 written = self.parts.load(tile)[name]
                 if not np.array_equal(
                     file.read(window=_file_window(tile)), written.reshape(-1, *written.shape[-2:]), True
@@ -520,6 +633,7 @@ class _Zarr:
 
     parts: Parts
     num_tiles: int
+    borders: tuple[Borders, Borders]
     create: Callable[[Path], None]
 
     @property
@@ -545,12 +659,24 @@ class _Zarr:
         out = self.parts.out
         if kind is None and self._path.exists():
             if out.exists():
+                shutil.rmtree(self.parts.folder / "replaced", ignore_errors=True)
                 out.replace(self.parts.folder / "replaced")
-            self._path.replace(out)
+            (self._copy() if self.parts.failed else self._path).replace(out)
+
+    def _copy(self) -> Path:
+        """Copy a store to which tiles are still to be added; shards, which are only ever replaced, are linked."""
+        copy = self.parts.folder / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            shutil.copytree(self._path, copy, copy_function=os.link)
+        except OSError:  # a file system without links
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(self._path, copy)
+        return copy
 
     def put(self, tile: Tile, features: np.ndarray) -> None:
         write_zarr(self._path, tile.core, features)
-        self.parts.save(tile, {})
+        self.parts.save(tile, tile_seams(features, tile, self.borders))
 
     def again(self, tile: Tile) -> None:
         """Nothing is to be done: its shard is in the store."""
@@ -589,7 +715,7 @@ def _map_sink(probe: Probe | FineTuned, work: Encoding | Stored, out: Path, besi
             )
         return writers
 
-    return _Cogs(parts=parts, tiles=work.tiles, convert=convert, create=create)
+    return _Cogs(parts=parts, tiles=work.tiles, borders=work.borders, convert=convert, create=create)
 
 
 def map_nodata(probe: Probe | FineTuned) -> tuple[float, str]:

@@ -18,15 +18,17 @@ import rasterio.warp
 import torch
 from affine import Affine
 from odc.geo.geobox import GeoBox
+from rasterio.errors import RasterioError
 
 from panterra.errors import InputError
 from panterra.imagery.raster import crs_for_rasterio
 from panterra.imagery.stac import Scene, pixel_metres
+from panterra.mapping.areas import Area, Coverage
 from panterra.mapping.blend import Canvas, window_weight
 from panterra.mapping.embeddings import EmbeddingStore
-from panterra.mapping.parts import Parts
+from panterra.mapping.parts import Failure, Parts
 from panterra.mapping.passport import software
-from panterra.mapping.tiles import Lattice, Tile, Window, blocks
+from panterra.mapping.tiles import Borders, Lattice, Tile, Window, blocks
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder
@@ -37,22 +39,55 @@ TILE_BYTES = 512 * 2**20
 TILE_PX = 512
 """The largest tile, where `tile_px` is not given: little is read twice, and progress is saved often."""
 
+WAITS_S = (0.5, 2.0)
+"""How long to wait before a tile that failed is tried again, each time; in between a host may come back."""
+
+Canvases = Callable[[Iterable[Tile], Callable[[int], None]], Iterator[tuple[Tile, Canvas | Failure]]]
+"""Paints tiles, in order, and calls back with the steps that are done."""
+
+Pixels = tuple[Window, Batch, tuple[Window, ...]]
+"""What the windows of a tile that are to be encoded cover together, what is seen there, and these windows."""
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def _ahead(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[tuple[In, Out]]:
-    """Apply a function to items in threads, in order, at most `workers` ahead of who asks."""
+def ahead(
+    function: Callable[[In], Out], items: Iterable[In], workers: int, *, most: int | None = None
+) -> Iterator[tuple[In, Out]]:
+    """Apply a function to items in threads, in order, at most `most` (default: `workers`) ahead of who asks."""
     with ThreadPoolExecutor(workers, "panterra-tile") as pool:
         waiting: deque[tuple[In, Future[Out]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > workers:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > (most or workers):
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            while waiting:
                 first, result = waiting.popleft()
                 yield first, result.result()
-        while waiting:
-            first, result = waiting.popleft()
-            yield first, result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()
+
+
+def _attempt(read: Callable[[], Out]) -> Out | Failure:
+    """Read, and say why where that is not possible."""
+    try:
+        return read()
+    except (InputError, OSError, RasterioError) as error:
+        return Failure(reason=f"cannot be read: {error}")
+
+
+def _attempts(read: Callable[[], Out]) -> Out | Failure:
+    """Read, several times where that is not possible."""
+    for wait in WAITS_S:
+        result = _attempt(read)
+        if not isinstance(result, Failure):
+            return result
+        time.sleep(wait)
+    return _attempt(read)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +104,7 @@ class Encoding:
     patch_m: float
     patch_px: int
     lattice: Lattice
+    coverage: Coverage
     weight: np.ndarray
     batch_windows: int
     workers: int
@@ -91,6 +127,7 @@ class Encoding:
         tile_px: int | None,
         batch_windows: int,
         workers: int,
+        area: Area | None = None,
     ) -> Encoding:
         """Check what was asked for, and lay the lattice over the box; see `embed` for the arguments."""
         names = _modalities(scene, encoder, modalities)
@@ -123,17 +160,22 @@ class Encoding:
             "model": model,
             "dates": [date.isoformat() for date in dates],
         }
+        grid = GeoBox((height, width), a @ Affine.scale(patch_px), box.crs)
+        # Interpolation reaches a pixel beyond an image's edge; another one is for the bend of the edge.
+        coverage = Coverage.of(scene, grid, modalities=names, reach=2 * pixel_m, area=area)
+        within: dict[str, Any] = {} if area is None else {"area": coverage.fingerprint}
         cut = {"tile_px": [axis.tile * patch_px for axis in (lattice.rows, lattice.cols)]}
         return cls(
             scene=scene,
             encoder=encoder,
             device=_device(encoder),
             box=box,
-            grid=GeoBox((height, width), a @ Affine.scale(patch_px), box.crs),
+            grid=grid,
             modalities=names,
             patch_m=patch_m,
             patch_px=patch_px,
             lattice=lattice,
+            coverage=coverage,
             weight=window_weight(*lattice.window_shape, overlap_px // patch_px),
             batch_windows=batch_windows,
             workers=workers,
@@ -141,6 +183,7 @@ class Encoding:
             job={
                 **about,
                 **cut,
+                **within,
                 "batch_windows": batch_windows,
                 "box": [str(box.crs), *box.shape, *tuple(a)[:6]],
                 "scene": _scene_fingerprint(scene, names),
@@ -158,7 +201,7 @@ class Encoding:
                     if item.modality in names
                 ],
                 "panterra:model": model,
-                "panterra:options": {**options, **cut, "batch_windows": batch_windows},
+                "panterra:options": {**options, **cut, **within, "batch_windows": batch_windows},
             },
         )
 
@@ -179,26 +222,30 @@ class Encoding:
 
     def cost(self, tile: Tile) -> int:
         """Count the steps of a tile."""
-        return len(tile.windows)
+        return len(self.coverage.windows(tile))
+
+    @property
+    def area_km2(self) -> float:
+        """Return the size of what is to be mapped."""
+        return self.coverage.area_km2
+
+    @property
+    def borders(self) -> tuple[Borders, Borders]:
+        """Return where windows give way to each other along rows and columns."""
+        return self.lattice.rows.borders(), self.lattice.cols.borders()
 
     def features(
-        self, tiles: Iterable[Tile], parts: Parts, advance: Callable[[int], None]
-    ) -> Iterator[tuple[Tile, np.ndarray]]:
-        """Make the features of tiles in order, float32 [h, w, D], NaN where there is no data."""
+        self, tiles: Iterable[Tile], parts: Parts, advance: Callable[[int], None], canvases: Canvases | None = None
+    ) -> Iterator[tuple[Tile, np.ndarray | Failure]]:
+        """Make the features of tiles in order, float32 [h, w, D], NaN where there is no data.
 
-        def read(tile: Tile) -> tuple[Window, Batch] | None:
-            try:
-                return self._read(tile)
-            except (InputError, OSError) as error:
-                raise InputError(
-                    f"tile {tile.name} cannot be read: {error}; the tiles before it are kept in {parts.folder}, and "
-                    "the same job goes on from there when the file can be read again"
-                ) from error
-
-        for tile, pixels in _ahead(read, tiles, self.workers):
-            canvas = Canvas.blank(tile.reach.height, tile.reach.width, self.dim)
-            if pixels is not None:
-                self._paint(canvas, tile, *pixels, advance)
+        `canvases` paints the tiles elsewhere. A tile that cannot be made leaves its neighbours without what it adds.
+        """
+        for tile, canvas in (canvases or self._canvases)(tiles, advance):
+            if isinstance(canvas, Failure):
+                parts.fail(tile, canvas)
+                yield tile, canvas
+                continue
             rows, cols = slice(0, tile.core.height), slice(0, tile.core.width)
             core = canvas.part(rows, cols)
             parts.hold(
@@ -208,22 +255,49 @@ class Encoding:
                     canvas.part(slice(tile.core.height, None), cols).copy(),
                 ),
             )
-            if tile.col:
-                core.add(parts.edges(tile.row, tile.col - 1)[0])
-            if tile.row:
-                core.add(parts.edges(tile.row - 1, tile.col)[1])
-            if tile.row and tile.col:
-                above = self.lattice.rows.core(tile.row - 1)[1]
-                core.add(parts.edges(tile.row - 1, tile.col - 1)[0].part(slice(above, None), slice(None)))
+            if tile.col and (left := parts.edges(tile.row, tile.col - 1)):
+                core.add(left[0])
+            if tile.row and (above := parts.edges(tile.row - 1, tile.col)):
+                core.add(above[1])
+            if tile.row and tile.col and (corner := parts.edges(tile.row - 1, tile.col - 1)):
+                height = self.lattice.rows.core(tile.row - 1)[1]
+                core.add(corner[0].part(slice(height, None), slice(None)))
+            if self.coverage.area is not None:
+                core.forget(~self.coverage.inside(tile.core))
             yield tile, core.mean()
 
-    def _read(self, tile: Tile) -> tuple[Window, Batch] | None:
-        """Read what the windows of a tile cover together."""
-        if not tile.windows:
+    def _canvases(
+        self, tiles: Iterable[Tile], advance: Callable[[int], None]
+    ) -> Iterator[tuple[Tile, Canvas | Failure]]:
+        for tile, pixels in ahead(lambda tile: _attempts(lambda: self._read(tile)), tiles, self.workers):
+            if isinstance(pixels, Failure):
+                advance(self.cost(tile))
+                yield tile, pixels
+            else:
+                yield tile, self._painted(tile, pixels, advance)
+
+    def canvas(self, tile: Tile) -> Canvas | Failure:
+        """Paint one tile; what is wrong with it is told, not raised."""
+        pixels = _attempt(lambda: self._read(tile))
+        return pixels if isinstance(pixels, Failure) else self._painted(tile, pixels, lambda steps: None)
+
+    def _painted(self, tile: Tile, pixels: Pixels | None, advance: Callable[[int], None]) -> Canvas | Failure:
+        canvas = Canvas.blank(tile.reach.height, tile.reach.width, self.dim)
+        try:
+            if pixels is not None:
+                self._paint(canvas, tile, pixels, advance)
+        except InputError as error:  # the encoder cannot take what it is shown
+            return Failure(reason=str(error))
+        return canvas
+
+    def _read(self, tile: Tile) -> Pixels | None:
+        """Read what those windows of a tile cover together in which there may be something to map."""
+        windows = self.coverage.windows(tile)
+        if not windows:
             return None
-        first, last = tile.windows[0], tile.windows[-1]
-        height, width = last.row + last.height - first.row, last.col + last.width - first.col
-        cover = Window(row=first.row, col=first.col, height=height, width=width)
+        row, col = min(w.row for w in windows), min(w.col for w in windows)
+        height, width = max(w.row + w.height for w in windows) - row, max(w.col + w.width for w in windows) - col
+        cover = Window(row=row, col=col, height=height, width=width)
         batch = self.scene.batch(self.box[cover.scaled(self.patch_px).slices], self.modalities)
         for name, o in batch.observations.items():
             if not _placeless(name) and (o.pixels.shape[-2] % height or o.pixels.shape[-1] % width):
@@ -231,13 +305,14 @@ class Encoding:
                     f"a patch of {self.patch_m:g} m is not a whole number of {name}'s pixels of "
                     f"{MODALITIES[name].gsd:g} m; choose another patch_m, or leave {name} out"
                 )
-        return cover, batch
+        return cover, batch, windows
 
-    def _paint(self, canvas: Canvas, tile: Tile, cover: Window, pixels: Batch, advance: Callable[[int], None]) -> None:
+    def _paint(self, canvas: Canvas, tile: Tile, read: Pixels, advance: Callable[[int], None]) -> None:
         """Encode the windows of a tile, in batches of fixed composition; windows without any data are left out."""
+        cover, pixels, wanted = read
         placed = [(name, o) for name, o in pixels.observations.items() if not _placeless(name)]
-        windows = [w for w in tile.windows if any(bool(_crop(n, o, cover, w).valid.any()) for n, o in placed)]
-        advance(len(tile.windows) - len(windows))
+        windows = [w for w in wanted if any(bool(_crop(n, o, cover, w).valid.any()) for n, o in placed)]
+        advance(len(wanted) - len(windows))
         for start in range(0, len(windows), self.batch_windows):
             some = windows[start : start + self.batch_windows]
             patches, valid = self._encode(self._cut(pixels, cover, some))
@@ -382,10 +457,25 @@ class Stored:
     def cost(self, tile: Tile) -> int:
         return 1
 
+    @property
+    def area_km2(self) -> float:
+        return math.prod(self.grid.shape) * pixel_metres(self.grid) ** 2 / 1e6
+
+    @property
+    def borders(self) -> tuple[Borders, Borders]:
+        """Return where a stored block begins: a tile of `embed`."""
+        rows, cols = (
+            Borders(middles=tuple(range(n, size, n)), lag=1)
+            for n, size in zip(self.store.block, self.grid.shape, strict=True)
+        )
+        return rows, cols
+
     def features(
-        self, tiles: Iterable[Tile], parts: Parts, advance: Callable[[int], None]
-    ) -> Iterator[tuple[Tile, np.ndarray]]:
-        """Read the features of tiles in order, as `Encoding.features` makes them."""
-        for tile, features in _ahead(lambda tile: self.store.read(tile.core), tiles, self.workers):
+        self, tiles: Iterable[Tile], parts: Parts, advance: Callable[[int], None], canvases: Canvases | None = None
+    ) -> Iterator[tuple[Tile, np.ndarray | Failure]]:
+        """Read the features of tiles in order, as `Encoding.features` makes them; there is nothing to paint."""
+        for tile, features in ahead(lambda tile: _attempts(lambda: self.store.read(tile.core)), tiles, self.workers):
+            if isinstance(features, Failure):
+                parts.fail(tile, features)
             yield tile, features
             advance(1)

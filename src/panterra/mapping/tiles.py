@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from panterra.errors import InputError
 
@@ -32,6 +32,16 @@ class Window:
     def slices(self) -> tuple[slice, slice]:
         """Its rows and columns, to index an array with."""
         return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Borders:
+    """Where windows give way to each other along rows or columns."""
+
+    middles: tuple[int, ...]
+    """Patches before which they do."""
+    lag: int
+    """How many patches apart two must be for windows not to be blended between them, or as far as windows allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +95,12 @@ class Axis:
         """Return where a tile begins and how long it is."""
         begin = tile * self.tile
         return begin, min(self.tile, self.size - begin)
+
+    def borders(self) -> Borders:
+        """Return where one window gives way to the next: before the patch in the middle of what both cover."""
+        starts = [self.start(i) for i in range(self.num_windows)]
+        middles = [(start + before + self.window) // 2 for before, start in pairwise(starts)]
+        return Borders(middles=tuple(middles), lag=max(1, min(self.window - self.stride + 1, self.stride // 2)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -275,11 +276,13 @@ def _open_onnx(path: Path, dtype: Precision) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     # Its softmax leaves masked keys the smallest number there is, with which products take many times as long.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # That changes the arithmetic of the thread which calls, so that the thread is one of its own.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+    session = thread.submit(onnxruntime.InferenceSession, path, options, providers=["CPUExecutionProvider"]).result()
 
     def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = [given.name for given in session.get_inputs()]
-        patches, summary, valid = session.run(None, {name: inputs[name].numpy() for name in wanted})
+        feed = {wanted.name: inputs[wanted.name].numpy() for wanted in session.get_inputs()}
+        patches, summary, valid = thread.submit(session.run, None, feed).result()
         return torch.from_numpy(patches), torch.from_numpy(summary), torch.from_numpy(valid)
 
     return run

@@ -1,0 +1,75 @@
+"""`panterra detect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from panterra.cli.options import BudgetKwh, Country, Json, Overwrite, SceneAddress, TilePx
+
+
+def detect(
+    scene: SceneAddress,
+    /,
+    *,
+    model: Annotated[Path, Parameter(help="Folder that panterra finetune --task detection wrote.")],
+    out: Annotated[Path, Parameter(help="A GeoJSON of boxes; its passport is written beside it.")],
+    threshold: Annotated[
+        float | None, Parameter(help="Score from which objects count; otherwise the one that was best in validation.")
+    ] = None,
+    same: Annotated[float, Parameter(help="IoU from which two boxes of a class are one object.")] = 0.5,
+    before: Annotated[
+        str | None, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")
+    ] = None,
+    after: Annotated[str | None, Parameter(help="The later one, such as 2024 or 2024-05/2024-09.")] = None,
+    aoi: Annotated[
+        str | None, Parameter(help="Only look there: a vector file with polygons, or west,south,east,north.")
+    ] = None,
+    tile_px: TilePx | None = None,
+    overwrite: Overwrite = False,
+    country: Country | None = None,
+    budget_kwh: BudgetKwh | None = None,
+    as_json: Json = False,
+) -> None:
+    """List the objects in a scene, each once. A stopped run goes on where it was."""
+    from panterra.commands.terminal import note, progress_bar, show_json, show_table
+    from panterra.finetune.model import at_periods, load_finetuned
+    from panterra.mapping import detections
+
+    with progress_bar("detecting") as progress:
+        found = detections.detect(
+            scene,
+            at_periods(load_finetuned(model), before, after),
+            out,
+            threshold=threshold,
+            same=same,
+            aoi=aoi,
+            tile_px=tile_px,
+            overwrite=overwrite,
+            country=country,
+            budget_kwh=budget_kwh,
+            progress=progress,
+            note=note,
+        )
+    if as_json:
+        show_json(
+            {
+                "objects": str(found.path),
+                "passport": str(found.passport),
+                "threshold": found.threshold,
+                "counts": found.counts,
+                "areas_m2": found.areas_m2,
+                "seconds": found.seconds,
+                "energy": found.energy.as_dict(),
+                "impact": found.impact.as_dict(area_km2=found.area_km2),
+            }
+        )
+        return
+    rows = [(name, number, f"{found.areas_m2[name]:.0f}") for name, number in found.counts.items()]
+    show_table(["class", "objects", "boxes, m2"], rows)
+    print(
+        f"\n{found.path}: scores from {found.threshold:.3g} on; {found.seconds:.0f} s, "
+        f"{found.energy.kwh * 1000:.3g} Wh ({found.energy.method}); {found.passport}"
+    )
