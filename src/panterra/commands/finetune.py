@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Sequence
 from pathlib import Path
 
+from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.finetune.examples import Examples, examples_from_dataset, examples_from_scenes
 from panterra.finetune.heads import HeadKind
@@ -165,7 +166,8 @@ def _finetune(
     country: str | None,
     overwrite: bool,
 ) -> Result:
-    with progress_bar("fine-tuning") as progress:
+    job = recorded("finetune", model=encoder.name, country=country)
+    with job, progress_bar("fine-tuning") as progress:
         return finetune(
             examples,
             encoder,

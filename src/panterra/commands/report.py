@@ -129,17 +129,36 @@ def _sum(figures: Iterable[Figure | None]) -> Figure:
 
 # What a person reads --------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    "jobs",
-    "hours",
-    "kWh measured",
-    "kWh modelled",
-    "kg CO2e",
-    "litres of water",
-    "km2",
-    "Wh per km2",
-    "g CO2e per km2",
-)
+SMALL = 0.1
+"""kWh, kg or litres in all, below which thousandths are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """In what the sums are shown."""
+
+    energy: str
+    gas: str
+    water: str
+
+    @classmethod
+    def of(cls, total: Sums) -> Units:
+        """Choose them by the size of the sums of all jobs."""
+        return cls(
+            energy="kWh" if total.kwh >= SMALL else "Wh",
+            gas="kg" if total.co2e_kg.value >= SMALL else "g",
+            water="l" if total.water_l.value >= SMALL else "ml",
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the columns of a table."""
+        energy = f"{self.energy} measured", f"{self.energy} modelled"
+        return ("jobs", "hours", *energy, f"{self.gas} CO2e", f"{self.water} water", "km2", "Wh/km2", "g CO2e/km2")
+
+
+def _in(unit: str, amount: float) -> float:
+    return amount if unit in ("kWh", "kg", "l") else 1000 * amount
 
 
 def show_report(summary: Summary) -> None:
@@ -148,30 +167,34 @@ def show_report(summary: Summary) -> None:
         since = f" since {summary.since}" if summary.since else ""
         print(f"no jobs{since} in {summary.ledger or 'a ledger: PANTERRA_LEDGER is off'}")
         return
+    units = Units.of(summary.total)
     for name, group in summary.by.items():
-        show_table([name, *COLUMNS], [(key, *_cells(sums)) for key, sums in [*group.items(), ("all", summary.total)]])
+        rows = [*group.items(), ("all", summary.total)]
+        show_table([name, *units.columns], [(key, *map(" ".join, _cells(sums, units))) for key, sums in rows])
         print()
     print("\n".join(_remarks(summary)))
 
 
-def _cells(sums: Sums) -> tuple[str, ...]:
+def _cells(sums: Sums, units: Units) -> tuple[tuple[str, ...], ...]:
+    """Give what each column shows: a figure, and in some what it may lie between."""
     return (
-        f"{sums.jobs}" + (f" ({sums.stopped} stopped)" if sums.stopped else ""),
-        f"{sums.hours:.3g}",
-        f"{sums.measured_kwh:.3g}",
-        _figure(sums.modelled_kwh),
-        _figure(sums.co2e_kg),
-        _figure(sums.water_l),
-        f"{sums.area_km2:.4g}",
-        "" if sums.kwh_per_km2 is None else f"{sums.kwh_per_km2 * 1000:.3g}",
-        "" if sums.co2e_kg_per_km2 is None else f"{sums.co2e_kg_per_km2 * 1000:.3g}",
+        (f"{sums.jobs}", *((f"({sums.stopped} stopped)",) if sums.stopped else ())),
+        (f"{sums.hours:.3g}",),
+        (f"{_in(units.energy, sums.measured_kwh):.3g}",),
+        _figure(sums.modelled_kwh, units.energy),
+        _figure(sums.co2e_kg, units.gas),
+        _figure(sums.water_l, units.water),
+        (f"{sums.area_km2:.4g}",),
+        ("" if sums.kwh_per_km2 is None else f"{sums.kwh_per_km2 * 1000:.3g}",),
+        ("" if sums.co2e_kg_per_km2 is None else f"{sums.co2e_kg_per_km2 * 1000:.3g}",),
     )
 
 
-def _figure(figure: Figure) -> str:
+def _figure(figure: Figure, unit: str) -> tuple[str, ...]:
     if not figure.high:
-        return "0"
-    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+        return ("0",)
+    value, low, high = (_in(unit, amount) for amount in (figure.value, figure.low, figure.high))
+    return f"{value:.3g}", f"({low:.3g} to {high:.3g})"
 
 
 def _remarks(summary: Summary) -> list[str]:
@@ -191,11 +214,11 @@ def _remarks(summary: Summary) -> list[str]:
 
 def write_page(path: Path, summary: Summary) -> Path:
     """Write the sums as one HTML file without a script or a request to anywhere."""
-    total = summary.total
+    total, units = summary.total, Units.of(summary.total)
     cards = {
-        "Electricity": f"{total.kwh:.3g} kWh",
-        "CO2 equivalents": f"{total.co2e_kg.value:.3g} kg",
-        "Water": f"{total.water_l.value:.3g} l",
+        "Electricity": f"{_in(units.energy, total.kwh):.3g} {units.energy}",
+        "CO2 equivalents": f"{_in(units.gas, total.co2e_kg.value):.3g} {units.gas}",
+        "Water": f"{_in(units.water, total.water_l.value):.3g} {units.water}",
         "Mapped": f"{total.area_km2:.4g} km2",
     }
     title = "What the jobs have taken"
@@ -205,7 +228,7 @@ def write_page(path: Path, summary: Summary) -> Path:
         '<dl class="cards">\n'
         + "\n".join(f'<div class="card"><dt>{name}</dt><dd>{amount}</dd></div>' for name, amount in cards.items())
         + "\n</dl>",
-        *(_section(name, [*group.items(), ("all", total)]) for name, group in summary.by.items()),
+        *(_section(name, [*group.items(), ("all", total)], units) for name, group in summary.by.items()),
         *(f"<p>{escape(text)}</p>" for text in _remarks(summary)),
     ]
     text = (
@@ -222,11 +245,14 @@ def write_page(path: Path, summary: Summary) -> Path:
     return unfinished.replace(path)
 
 
-def _section(name: str, rows: Sequence[tuple[str, Sums]]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in (name, *COLUMNS))
+def _section(name: str, rows: Sequence[tuple[str, Sums]], units: Units) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in (name, *units.columns))
     lines = "\n".join(
         f'<tr><th scope="row">{escape(key)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(sums))
+        + "".join(
+            f"<td>{escape(figure)}" + "".join(f"<br><small>{escape(range)}</small>" for range in ranges) + "</td>"
+            for figure, *ranges in _cells(sums, units)
+        )
         + "</tr>"
         for key, sums in rows
     )
