@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from panterra.cli.options import BudgetKwh, Country, Json, Overwrite, SceneAddress, TilePx
+from panterra.cli.options import After, Aoi, Before, BudgetKwh, Country, Json, Overwrite, SceneAddress, TilePx
 
 
 def detect(
@@ -20,13 +20,9 @@ def detect(
         float | None, Parameter(help="Score from which objects count; otherwise the one that was best in validation.")
     ] = None,
     same: Annotated[float, Parameter(help="IoU from which two boxes of a class are one object.")] = 0.5,
-    before: Annotated[
-        str | None, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")
-    ] = None,
-    after: Annotated[str | None, Parameter(help="The later one, such as 2024 or 2024-05/2024-09.")] = None,
-    aoi: Annotated[
-        str | None, Parameter(help="Only look there: a vector file with polygons, or west,south,east,north.")
-    ] = None,
+    before: Before | None = None,
+    after: After | None = None,
+    aoi: Aoi | None = None,
     tile_px: TilePx | None = None,
     overwrite: Overwrite = False,
     country: Country | None = None,

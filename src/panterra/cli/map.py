@@ -10,7 +10,9 @@ from cyclopts import Parameter
 
 from panterra.cli.options import (
     INCOMPLETE,
+    After,
     Aoi,
+    Before,
     BudgetKwh,
     Country,
     CrsCode,
@@ -31,10 +33,8 @@ def map(
     *,
     probe: Annotated[Path, Parameter(help="Folder that panterra probe or panterra finetune wrote.")],
     out: Annotated[Path, Parameter(help="A GeoTIFF; its passport is written beside it.")],
-    before: Annotated[
-        str | None, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")
-    ] = None,
-    after: Annotated[str | None, Parameter(help="The later one, such as 2024 or 2024-05/2024-09.")] = None,
+    before: Before | None = None,
+    after: After | None = None,
     probabilities: Annotated[bool, Parameter(show_default=False, help="Also write the share of each class.")] = False,
     model: Annotated[str | None, Parameter(help="Instead of the encoder that the probe names.")] = None,
     random: RandomSeed = None,

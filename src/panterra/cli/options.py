@@ -24,6 +24,10 @@ CrsCode = Annotated[str, Parameter(help="Projected CRS of the result; by default
 Aoi = Annotated[
     str, Parameter(help="Vector file, or west,south,east,north in degrees: nothing outside is read or mapped.")
 ]
+Before = Annotated[
+    str, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")
+]
+After = Annotated[str, Parameter(help="The later one, such as 2024 or 2024-05/2024-09.")]
 Overwrite = Annotated[bool, Parameter(show_default=False, help="Replace what is there.")]
 Country = Annotated[str, Parameter(help="ISO 3166 code, such as FRA: turns electricity into CO2 equivalents.")]
 BudgetKwh = Annotated[float, Parameter(help="Stop before or between tiles where the job takes more electricity.")]

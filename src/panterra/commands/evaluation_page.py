@@ -14,7 +14,7 @@ import numpy as np
 import panterra
 from panterra.evaluate.scoring import LOWER_IS_BETTER, better
 from panterra.evaluate.suite import Row
-from panterra.mapping.report import STYLE
+from panterra.mapping.report import facts, write_document
 
 OWN_STYLE = Path(__file__).with_suffix(".css")
 PALETTE = ("#2a7f62", "#c1683c", "#4f6fb5", "#a34f8c", "#a98a26", "#4f93a3", "#8a5a44", "#77803a")
@@ -92,19 +92,9 @@ def write_page(path: Path, rows: Sequence[Row], *, settings: Mapping[str, str]) 
         _cost(done, colours) if done else "",
         _table(rows),
         _reading(),
-        _facts({**settings, "Software": f"panterra {panterra.__version__}"}),
+        facts("How it was made", {**settings, "Software": f"panterra {panterra.__version__}"}),
     ]
-    text = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE.read_text()}{OWN_STYLE.read_text()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n<footer>Made with Panterra. This page holds everything it shows; it loads nothing from elsewhere.</footer>"
-        "\n</main>\n</body>\n</html>\n"
-    )
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
+    return write_document(path, title, parts, style=OWN_STYLE.read_text(encoding="utf-8"))
 
 
 def _count(number: int, what: str) -> str:
@@ -388,11 +378,6 @@ def _reading() -> str:
         "much the score would move if other test samples of the same kind had been drawn: whole images, one thousand "
         "times, with replacement. It does not cover another draw of training samples; several seeds show that.</p>"
     )
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f'<h2>How it was made</h2>\n<div class="scroll"><dl class="facts">\n{entries}\n</dl></div>'
 
 
 def figure(value: float) -> str:

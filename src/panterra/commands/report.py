@@ -13,7 +13,7 @@ from panterra.commands.terminal import show_table
 from panterra.energy.impact import NOTHING, Figure
 from panterra.energy.ledger import Entry, Note, ledger_folder, read_ledger
 from panterra.errors import InputError
-from panterra.mapping.report import STYLE
+from panterra.mapping.report import write_document
 
 GROUPS: dict[str, Callable[[Entry], str]] = {
     "command": lambda entry: entry.command,
@@ -231,18 +231,7 @@ def write_page(path: Path, summary: Summary) -> Path:
         *(_section(name, [*group.items(), ("all", total)], units) for name, group in summary.by.items()),
         *(f"<p>{escape(text)}</p>" for text in _remarks(summary)),
     ]
-    text = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n<footer>Made with Panterra. This page holds everything it shows; it loads nothing from elsewhere.</footer>"
-        "\n</main>\n</body>\n</html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
+    return write_document(path, title, body)
 
 
 def _section(name: str, rows: Sequence[tuple[str, Sums]], units: Units) -> str:

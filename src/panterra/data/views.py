@@ -112,8 +112,11 @@ def _read_as_level_2a(labelled: LabelledSet, id: str) -> LabelledSample:
     sample = labelled.read(id)
     observations = dict(sample.batch.observations)
     if "sentinel2" in observations:
-        seen = observations.pop("sentinel2")
-        order = MODALITIES["sentinel2"].band_names
-        bands = [order.index(band) for band in MODALITIES["sentinel2_l2a"].band_names]
-        observations["sentinel2_l2a"] = replace(seen, pixels=seen.pixels[:, :, bands])
+        observations["sentinel2_l2a"] = pass_off(observations.pop("sentinel2"), "sentinel2", "sentinel2_l2a")
     return replace(sample, batch=Batch(observations=observations, lonlat=sample.batch.lonlat))
+
+
+def pass_off(seen: Observation, modality: str, name: str) -> Observation:
+    """Give the bands of one modality that another has, by their names and in its order."""
+    order = MODALITIES[modality].band_names
+    return replace(seen, pixels=seen.pixels[:, :, [order.index(band) for band in MODALITIES[name].band_names]])

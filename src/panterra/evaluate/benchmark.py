@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from panterra.data.labelled import UNDATED, LabelledSample, LabelledSet, card_of
+from panterra.data.views import pass_off
 from panterra.errors import InputError
 from panterra.evaluate.embed import raw_band_statistics, raw_patch_statistics
 from panterra.evaluate.scoring import Task
@@ -187,10 +188,7 @@ def show(batch: Batch, shown: Mapping[str, str]) -> Batch:
     for m, name in shown.items():
         if m not in batch.observations:
             continue
-        o = batch.observations[m]
-        if name != m:
-            order = [MODALITIES[m].band_names.index(band) for band in MODALITIES[name].band_names]
-            o = replace(o, pixels=o.pixels[:, :, order])
+        o = batch.observations[m] if name == m else pass_off(batch.observations[m], m, name)
         observations[name] = replace(o, dates=torch.where(o.dates == UNDATED, ASSUMED_DAY, o.dates))
     if not observations:
         raise InputError(f"a sample has none of {', '.join(shown)}; choose modalities that all samples have")

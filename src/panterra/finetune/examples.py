@@ -129,10 +129,7 @@ def examples_from_scenes(
     around = not chosen.dense and chosen.answer != "labels"
     if around and known.raster is not None:
         raise InputError(f"{chosen.name} needs points or polygons, around which windows are cut; a raster came")
-    grids = list(boxes) if boxes is not None else [scene.geobox() for scene in scenes]
-    sizes = sorted({round(pixel_metres(box), 6) for box in grids})
-    if len(sizes) != 1:
-        raise InputError(f"the scenes have grids of {sizes} m; give boxes of one pixel size")
+    grids, pixel_m = grids_of(scenes, boxes)
     cut = _around if around else _windows
     chips = [
         replace(chip, periods=span, feature=chip.feature if number is None else number[chip.feature])
@@ -170,29 +167,49 @@ def examples_from_scenes(
     spans = sorted({(chip.periods.before, chip.periods.after) for chip in chips if chip.periods})
     return Examples(
         task=chosen,
-        classes=tuple(
-            # Codes start at 1, which leaves 0 for places without data.
-            ProbeClass(name=name, code=code, colour=colour)
-            for code, (name, colour) in enumerate(zip(known.names, known.colours, strict=True), start=1)
-        ),
+        classes=classes_of(known),
         read=read,
         parts=parts,
         blocks=blocks,
         block_m=block_m,
         window_px=window_px,
-        pixel_m=sizes[0],
+        pixel_m=pixel_m,
         cells=side if chosen.dense else 0,
         pairs=bool(spans),
         periods=periods if isinstance(periods, Periods) else None,
         about={
-            "scenes": [sorted(item.id for item in scene.items) for scene in scenes],
-            "licences": sorted({scene.licence for scene in scenes if scene.licence}),
+            **named(scenes),
             "labels": sum(len(chip.row) for chip in chips),
             **({"periods": [list(span) for span in spans]} if spans else {}),
             "seed": seed,
             "sha256": digest.hexdigest(),
         },
     )
+
+
+def grids_of(scenes: Sequence[Scene], boxes: Sequence[GeoBox] | None) -> tuple[list[GeoBox], float]:
+    """Give the grid of each scene and the size of their pixels in metres. Raises InputError where it differs."""
+    grids = list(boxes) if boxes is not None else [scene.geobox() for scene in scenes]
+    sizes = sorted({round(pixel_metres(box), 6) for box in grids})
+    if len(sizes) != 1:
+        raise InputError(f"the scenes have grids of {sizes} m; give boxes of one pixel size")
+    return grids, sizes[0]
+
+
+def classes_of(labels: Labels) -> tuple[ProbeClass, ...]:
+    """Give classes their codes, which start at 1 and leave 0 for places without data."""
+    return tuple(
+        ProbeClass(name=name, code=code, colour=colour)
+        for code, (name, colour) in enumerate(zip(labels.names, labels.colours, strict=True), start=1)
+    )
+
+
+def named(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Say which images and licences scenes bring."""
+    return {
+        "scenes": [sorted(item.id for item in scene.items) for scene in scenes],
+        "licences": sorted({scene.licence for scene in scenes if scene.licence}),
+    }
 
 
 def _by_periods(

@@ -16,9 +16,8 @@ from odc.geo.geobox import GeoBox
 
 from panterra.data.labelled import LabelledSample
 from panterra.errors import InputError
-from panterra.evaluate.probes import ProbeClass
 from panterra.finetune.boxes import NO_OBJECT
-from panterra.finetune.examples import Examples, deal, number_blocks
+from panterra.finetune.examples import Examples, classes_of, deal, grids_of, named, number_blocks
 from panterra.finetune.pairs import Periods, pair_up
 from panterra.finetune.tasks import task_of
 from panterra.imagery.labels import Labels, read_labels
@@ -63,14 +62,11 @@ def objects_from_scenes(
         raise InputError("objects are points or polygons with a class; give these")
     if size_m is None and (known.frame.geom_type == "Point").any():
         raise InputError("points say where objects are, but not how large; give their size, or polygons")
-    grids = list(boxes) if boxes is not None else [scene.geobox() for scene in scenes]
-    sizes = sorted({round(pixel_metres(box), 6) for box in grids})
-    if len(sizes) != 1:
-        raise InputError(f"the scenes have grids of {sizes} m; give boxes of one pixel size")
-    cells = window_px * sizes[0] / cell_m
+    grids, pixel_m = grids_of(scenes, boxes)
+    cells = window_px * pixel_m / cell_m
     if abs(cells - round(cells)) > 1e-6:
         raise InputError(
-            f"windows of {window_px * sizes[0]:g} m are no whole number of cells of {cell_m:g} m; change one"
+            f"windows of {window_px * pixel_m:g} m are no whole number of cells of {cell_m:g} m; change one"
         )
     views = [view for i, box in enumerate(grids) for view in _views(i, box, known, window_px, size_m, area)]
     if not any(len(view.rows) for view in views):
@@ -101,22 +97,18 @@ def objects_from_scenes(
         digest.update(view.rows.tobytes())
     return Examples(
         task=task_of("detection"),
-        classes=tuple(
-            ProbeClass(name=name, code=code, colour=colour)
-            for code, (name, colour) in enumerate(zip(known.names, known.colours, strict=True), start=1)
-        ),
+        classes=classes_of(known),
         read=read,
         parts=parts,
         blocks=blocks,
         block_m=block_m,
         window_px=window_px,
-        pixel_m=sizes[0],
+        pixel_m=pixel_m,
         cells=round(cells),
         pairs=periods is not None,
         periods=periods,
         about={
-            "scenes": [sorted(item.id for item in scene.items) for scene in scenes],
-            "licences": sorted({scene.licence for scene in scenes if scene.licence}),
+            **named(scenes),
             "labels": sum(len(view.rows) for view in views),
             "seed": seed,
             "sha256": digest.hexdigest(),

@@ -27,7 +27,7 @@ from panterra.mapping.areas import read_area
 from panterra.mapping.effort import accounted
 from panterra.mapping.parts import Failure, Parts
 from panterra.mapping.passport import write_passport
-from panterra.mapping.run import Note, Progress, common_grid
+from panterra.mapping.run import Note, Progress, common_grid, counting
 from panterra.mapping.sources import Encoding
 from panterra.models.features import Features
 from panterra.sample import Batch
@@ -140,14 +140,7 @@ def detect(
     )
     about = {**model.about(), "threshold": threshold, "same": same}
     parts = Parts(out, {**work.job, "detector": about}, overwrite=overwrite)
-    done, total = 0, sum(work.cost(tile) for tile in work.tiles())
-
-    def advance(steps: int) -> None:
-        nonlocal done
-        done += steps
-        if progress:
-            progress(done, total)
-
+    advance = counting(work, progress)
     with (
         accounted("detect", work, parts, country=country, budget_kwh=budget_kwh, note=note) as account,
         parts.guard(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -104,14 +104,22 @@ def write_report(path: Path, page: Page) -> Path:
         _scores(page),
         _classes(page.classes) if page.classes else "",
         _confusion(page) if page.confusion is not None and page.classes else "",
-        _facts("What it took", page.effort),
-        _facts("What it was made from", page.origin),
+        facts("What it took", page.effort),
+        facts("What it was made from", page.origin),
         _files(path.parent, page.files),
     ]
+    return write_document(path, page.title, parts)
+
+
+def write_document(path: Path, title: str, parts: Iterable[str], *, style: str = "") -> Path:
+    """Write parts of HTML as one page that loads nothing from elsewhere; rename it into place when complete.
+
+    `style` is CSS on top of what all pages share. Empty parts are left out.
+    """
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(page.title)}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
         + "\n<footer>Made with Panterra. This page holds everything it shows; it loads nothing from elsewhere.</footer>"
         "\n</main>\n</body>\n</html>\n"
@@ -254,8 +262,9 @@ def _confusion(page: Page) -> str:
     )
 
 
-def _facts(title: str, facts: Mapping[str, str]) -> str:
-    entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+def facts(title: str, told: Mapping[str, str]) -> str:
+    """Write names with what there is to say of each, under a heading."""
+    entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in told.items())
     return f'<h2>{escape(title)}</h2>\n<div class="scroll"><dl class="facts">\n{entries}\n</dl></div>'
 
 

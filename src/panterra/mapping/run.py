@@ -364,14 +364,7 @@ def _run(
     note: Note | None,
 ) -> Account:
     """Bring every tile into the sink; the thread that writes also applies the probe, while the encoder goes on."""
-    done, total = 0, sum(work.cost(tile) for tile in work.tiles())
-
-    def advance(steps: int) -> None:
-        nonlocal done
-        done += steps
-        if progress:
-            progress(done, total)
-
+    advance = counting(work, progress)
     with accounted(command, work, parts, country=country, budget_kwh=budget_kwh, note=note) as account:
         if isinstance(work, Encoding):
             _standardise(work, parts, note)
@@ -401,6 +394,19 @@ def _run(
             if parts.failed and not finished and not account.tiles:
                 raise _stopped(parts, "no tile could be made")
     return account
+
+
+def counting(work: Encoding | Stored, progress: Progress | None) -> Callable[[int], None]:
+    """Make what is told of windows as they are done, and tells `progress` how far the whole job is."""
+    done, total = 0, sum(work.cost(tile) for tile in work.tiles())
+
+    def advance(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if progress:
+            progress(done, total)
+
+    return advance
 
 
 def _stopped(parts: Parts, why: str) -> InputError:

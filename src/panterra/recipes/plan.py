@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool
 
 from panterra.data.olmoearth_h5 import Corpus, num_dates, read_tile_px
-from panterra.energy import CORE_W, GRID_G_PER_KWH
+from panterra.energy import CORE_W
+from panterra.energy.grid import local_grid
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.layers import Block
@@ -378,8 +379,7 @@ def plan_run(
     """Count what a recipe takes on `world` ranks; `sharded` spreads parameters over them as FSDP does."""
     if recipe.batch % world:
         raise InputError(f"a batch of {recipe.batch} cannot be shared by {world} ranks; take a multiple of {world}")
-    if country is not None and country not in GRID_G_PER_KWH:
-        raise InputError(f"no grid intensity known for country {country!r}; known: {', '.join(GRID_G_PER_KWH)}")
+    grid = None if country is None else local_grid(country)
     samples = facts.samples - recipe.held_out
     if samples < recipe.batch:
         raise InputError(f"{samples} samples to train on do not fill a batch of {recipe.batch}; set batch smaller")
@@ -396,7 +396,7 @@ def plan_run(
         world=world,
         rate=rate,
         power=power,
-        grams_per_kwh=None if country is None else GRID_G_PER_KWH[country][0],
+        grams_per_kwh=None if grid is None else grid.grams_per_kwh,
     )
 
 
