@@ -38,7 +38,7 @@ from panterra.models.predictor import predictor_config
 from panterra.objectives.latent_mim import MASKED_NEGATIVES_LOSS, V1_LOSS, LatentMIM, LatentMIMConfig, View, Views
 from panterra.objectives.masked_batches import MaskedBatches
 from panterra.objectives.masking import TIME_MASKING, V1_MASKING, make_masks
-from panterra.train.optim import Optimisation, make_optimiser
+from panterra.train.optim import Optimisation, make_optimisers
 from pretrain_plain import PlainLatentMIM
 
 MODELS = ("v1-nano", "v1.2-nano", "v1-tiny", "v1.2-tiny")
@@ -107,7 +107,7 @@ def stepper(name: str, kind: str) -> Callable[[Views], float]:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.02)
     else:
-        optimiser = make_optimiser(model, Optimisation(lr=1e-4, weight_decay=0.02, steps=1, warmup_steps=0))
+        (optimiser,) = make_optimisers(model, Optimisation(lr=1e-4, weight_decay=0.02, steps=1, warmup_steps=0))
 
     def step(views: Views) -> float:
         optimiser.zero_grad()
@@ -181,8 +181,8 @@ def loss_curves(name: str, case: Case, *, length: int = 10) -> dict[str, object]
     }
 
 
-def write_tiles(root: Path) -> Path:
-    """Write a corpus in the published layout: tiles of 128 pixels, twelve dates, zstd."""
+def write_tiles(root: Path, *, chunk_px: int | None = None) -> Path:
+    """Write a corpus in the published layout: tiles of 128 pixels, twelve dates, zstd; in one piece or in squares."""
 
     def samples() -> Iterator[Sample]:
         rng = np.random.default_rng(0)
@@ -191,7 +191,7 @@ def write_tiles(root: Path) -> Path:
             pixels = {m: draw_tile(m, rng) for m in released_config("v1", "nano").modalities}
             yield Sample(latlon=(1.0, 2.0), timestamps=months, pixels=pixels)
 
-    return write_corpus(root, samples())
+    return write_corpus(root, samples(), chunk_px=chunk_px)
 
 
 def draw_tile(modality: str, rng: np.random.Generator) -> np.ndarray:
@@ -222,6 +222,15 @@ def loader(folder: Path, config: OlmoEarthConfig, case: Case) -> MaskedBatches:
         side_patches=(case.side_patches,),
     )
     return MaskedBatches(batches, TIME_MASKING, micro_batch=case.batch)
+
+
+def deliver_alone(batches: MaskedBatches, *, steps: int = 16) -> float:
+    """Count the samples that one process makes in a second of its processor's time."""
+    torch.set_num_threads(1)
+    len(batches[0])  # files and tables are warm
+    begin = time.process_time()
+    count = sum(int(views.samples) for step in range(1, steps + 1) for views in batches[step])
+    return count / (time.process_time() - begin)
 
 
 def deliver(batches: MaskedBatches, workers: int, *, steps: int = 16) -> float:
@@ -258,10 +267,14 @@ def main() -> None:
                 row |= loss_curves(name, case)
             say(json.dumps(row))
         if args.loader:
-            with tempfile.TemporaryDirectory() as root:
-                batches = loader(write_tiles(Path(root)), released_config("v1.2", "nano"), case)
-                rates = {f"{workers}_workers": round(deliver(batches, workers), 1) for workers in (0, 1, 2)}
-                say(json.dumps({"loader": label, "samples_per_s": rates, "fastest_model_samples_per_s": fastest}))
+            for chunk_px in (None, 32):
+                with tempfile.TemporaryDirectory() as root:
+                    folder = write_tiles(Path(root), chunk_px=chunk_px)
+                    batches = loader(folder, released_config("v1.2", "nano"), case)
+                    row = {"loader": label, "chunk_px": chunk_px, "fastest_model_samples_per_s": fastest}
+                    row["samples_per_cpu_s"] = round(deliver_alone(batches), 1)
+                    row["samples_per_s"] = {f"{n}_workers": round(deliver(batches, n), 1) for n in (0, 1, 2)}
+                    say(json.dumps(row))
 
 
 if __name__ == "__main__":

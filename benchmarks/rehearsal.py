@@ -6,7 +6,8 @@ The scene shows one piece of the procedural planet over and over, as virtual ras
 three sensors and four dates take a gigabyte of disk; the eastern half lies in another zone. One job is killed with
 SIGKILL at random moments and started again; another, on the other core, is left alone. After `--minutes` both are
 stopped, and every finished tile of the one is compared with that of the other, byte by byte. One JSON line per start
-with its peak memory, one at the end.
+with its peak memory, one at the end. With `--kills 0` there is only the job that is left alone, and a line per minute
+with its memory.
 """
 
 from __future__ import annotations
@@ -99,13 +100,13 @@ def start(scene: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "panterra", *words], env=environment, **quiet)  # type: ignore[call-overload,no-any-return]
 
 
-def peak_mb(process: subprocess.Popen[bytes]) -> float:
-    """Give the peak resident memory of a running process so far."""
+def memory_mb(process: subprocess.Popen[bytes], key: str = "VmHWM") -> float:
+    """Give the peak resident memory of a running process so far, or with `VmRSS` what is resident now."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except FileNotFoundError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(key)), 0.0)
 
 
 def finished(out: Path) -> dict[str, str]:
@@ -118,6 +119,18 @@ def finished(out: Path) -> dict[str, str]:
     }
 
 
+def watch(job: subprocess.Popen[bytes], out: Path, end: float) -> None:
+    """Tell every minute what memory a job takes, until it is done or the time is over."""
+    began = time.monotonic()
+    while time.monotonic() < end and job.poll() is None:
+        time.sleep(60)
+        told = {"minutes": round((time.monotonic() - began) / 60), "shards": len(finished(out))}
+        told |= {"mb": round(memory_mb(job, "VmRSS")), "peak_mb": round(memory_mb(job))}
+        print(json.dumps(told), flush=True)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+
+
 def run(work: Path, px: int, piece_px: int, minutes: float, kills: int, seed: int) -> None:
     began = time.monotonic()
     scene = work / "scene"
@@ -126,15 +139,18 @@ def run(work: Path, px: int, piece_px: int, minutes: float, kills: int, seed: in
     print(json.dumps({"scene_px": px, "seconds_to_make": round(time.monotonic() - began, 1)}), flush=True)
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
     calm = start(scene, work / "calm.zarr")
+    if not kills:
+        watch(calm, work / "calm.zarr", end)
+        return
     memory = []
     for life in range(kills + 1):
         process, born = start(scene, work / "killed.zarr"), time.monotonic()
         left = (end - time.monotonic()) / (kills + 1 - life)
         death, peak = born + left * (rng.uniform(0.5, 1.5) if life < kills else 1.0), 0.0
         while time.monotonic() < min(death, end) and process.poll() is None:
-            peak = max(peak, peak_mb(process))
+            peak = max(peak, memory_mb(process))
             time.sleep(0.2)
-        calm_peak = peak_mb(calm)
+        calm_peak = memory_mb(calm)
         process.send_signal(signal.SIGKILL)
         process.wait()
         memory.append(peak)

@@ -299,6 +299,17 @@ def rslearn(card, root: Path, steps=2):
     return truth
 
 
+def eurosat_ms(root: Path):
+    """Three images of each class; the third by number, though not by name, tests."""
+    truth = {}
+    for code, name in enumerate(DATASETS["eurosat_ms"].class_names):
+        for number in (1, 2, 10):
+            pixels = numbers(10 * code + number, 13, 64, 64, dtype="uint16")
+            write_tif(root / name / f"{name}_{number}.tif", pixels)
+            truth[f"{name}/{name}_{number}"] = pixels
+    return truth
+
+
 BUILDERS = {
     **miniatures.BUILDERS,
     **{name: partial(geobench, name) for name in DATASETS if name.startswith("m_")},
@@ -306,6 +317,7 @@ BUILDERS = {
     "pastis": partial(miniatures.pastis_hd, side=128),
     "pastis128": partial(miniatures.pastis_hd, side=128),
     "mados": mados,
+    "eurosat_ms": eurosat_ms,
     "sen1floods11_tiles": partial(miniatures.sen1floods11, side=128),
     "breizhcrops": breizhcrops,
     **{name: partial(cropharvest, name) for name in DATASETS if name.startswith("cropharvest_")},

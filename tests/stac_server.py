@@ -14,6 +14,7 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
+from panterra.imagery import grids
 from panterra.imagery.raster import write_cog
 from panterra.modalities import MODALITIES
 from panterra.planet import Planet
@@ -111,8 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             item
             for item in server.items
             if item["collection"] in asked["collections"]
-            and item["bbox"][0] <= east
-            and item["bbox"][2] >= west
+            and reaches(item["bbox"], west, east)
             and item["bbox"][1] <= north
             and item["bbox"][3] >= south
             and first[:10] <= item["properties"]["datetime"][:10] <= last[:10]
@@ -178,6 +178,12 @@ def serving(folder, items, **settings):
         http.server_close()
 
 
+def reaches(bbox, west, east):
+    """Over the antimeridian the west of a bbox is greater than its east."""
+    left, _, right, _ = bbox
+    return left <= east and right >= west if left <= right else left <= east or right >= west
+
+
 def collection(name):
     return {
         "type": "Collection",
@@ -200,8 +206,21 @@ TILES = {
 AREA = GeoBox((72, 120), Affine(10, 0, 500580, 0, -10, 4999920), CRS)
 """Lies over both tiles, on a grid of 30 m from the origin of the zone."""
 
+FAR_TILES = {
+    "60KYF": GeoBox((96, 96), Affine(10, 0, 819580, 0, -10, 8173900), "EPSG:32760"),
+    "01KAB": GeoBox((96, 96), Affine(10, 0, 179460, 0, -10, 8173900), "EPSG:32701"),
+}
+"""Reach over the antimeridian at 16.5 degrees south, from either side."""
+POLAR_TILE = GeoBox((96, 96), Affine(10, 0, 1999520, 0, -10, 2500480), "EPSG:5041")
+"""At 85.5 degrees north, on either side of the antimeridian."""
+
 S2_DAYS = ("2024-01-05", "2024-01-15", "2024-01-25", "2024-02-04")
 RADAR_DAYS = ("2024-01-03", "2024-01-15")
+
+
+def on_planet(box):
+    """The planet has one projection; what other boxes show is what it has at the same coordinates."""
+    return GeoBox(box.shape, box.affine, CRS)
 
 
 def corners(box):
@@ -214,11 +233,18 @@ def corners(box):
 
 
 def footprint(box):
+    """Outline and bbox as providers make them that do not think of the antimeridian."""
     left, bottom, right, top = box.boundingbox
-    place = Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
+    place = Transformer.from_crs(str(box.crs), "EPSG:4326", always_xy=True)
     lon, lat = place.transform((left, right, right, left, left), (bottom, bottom, top, top, bottom))
     ring = [[x, y] for x, y in zip(lon, lat, strict=True)]
     return {"type": "Polygon", "coordinates": [ring]}, [min(lon), min(lat), max(lon), max(lat)]
+
+
+def cut_footprint(box):
+    """Outline and bbox as RFC 7946 asks."""
+    geometry, bbox = grids.footprint(box)
+    return json.loads(json.dumps(geometry)), bbox
 
 
 def stac_item(name, collection, day, box, properties, assets):
@@ -230,7 +256,7 @@ def stac_item(name, collection, day, box, properties, assets):
         "collection": collection,
         "geometry": geometry,
         "bbox": bbox,
-        "properties": {"datetime": f"{day}T10:00:31.024000Z", "proj:epsg": 32633, **properties},
+        "properties": {"datetime": f"{day}T10:00:31.024000Z", "proj:epsg": box.crs.epsg, **properties},
         "assets": assets,
         "links": [{"rel": "self", "href": f"{{address}}/{name}"}],
         "stac_extensions": [],
@@ -248,11 +274,11 @@ def asset(path, box):
 
 def sentinel2(folder, tile, day, *, cloud, made="20240301T000000", baseline="05.10", add=1000, classes=None):
     """Write an image as the Planetary Computer has it: digital numbers with the offset of 1000, bands at their GSD."""
-    box = TILES[tile]
+    box = (TILES | FAR_TILES)[tile]
     platform = "Sentinel-2A"
     compact = day.replace("-", "")
     name = f"S2A_MSIL2A_{compact}T100031_R122_T{tile}_{made}"
-    pixels, _ = Planet(3, clouds=0).observe("sentinel2_l2a", box, day)
+    pixels, _ = Planet(3, clouds=0).observe("sentinel2_l2a", on_planet(box), day)
     if classes is None:
         classes = np.full((48, 48), 4, "uint8")
     assets = {"SCL": asset(f"{name}_SCL.tif", box.zoom_out(2))}
@@ -283,10 +309,14 @@ def cloudy_classes():
 
 
 def sentinel1(folder, day, orbit):
+    """Write an image over both tiles."""
+    return radar_at(folder, TILES["33TVM"] | TILES["33TWM"], day, orbit)
+
+
+def radar_at(folder, box, day, orbit="ascending"):
     """Write an image as the Planetary Computer has it: linear gamma0, float32, -32768 where there is none."""
-    box = TILES["33TVM"] | TILES["33TWM"]
     name = f"S1A_IW_GRDH_1SDV_{day.replace('-', '')}_rtc"
-    db, _ = Planet(3).observe("sentinel1", box, day)
+    db, _ = Planet(3).observe("sentinel1", on_planet(box), day)
     linear = (10 ** (db.astype("float64") / 10)).astype("float32")
     linear[:, :, :3] = -32768
     assets = {}
@@ -338,3 +368,22 @@ def make_archive(folder):
         *(sentinel1(folder, day, "ascending" if i else "descending") for i, day in enumerate(RADAR_DAYS)),
         landsat(folder, "2024-01-11"),
     ]
+
+
+def make_far_archive(folder):
+    """Write Sentinel-2 on both sides of the antimeridian, elevation in degrees on each, and radar near a pole."""
+    west, east = (sentinel2(folder, tile, S2_DAYS[0], cloud=1.0) for tile in FAR_TILES)
+    radar = radar_at(folder, POLAR_TILE, RADAR_DAYS[0])
+    # The other image is not cut as RFC 7946 asks, as with some providers.
+    for item, box in ((west, FAR_TILES["60KYF"]), (radar, POLAR_TILE)):
+        item["geometry"], item["bbox"] = cut_footprint(box)
+    return [west, east, *(elevation(folder, lon) for lon in (179, -180)), radar]
+
+
+def elevation(folder, west):
+    """Write a piece of one degree of elevation as the Planetary Computer has it."""
+    box = GeoBox((360, 360), Affine(1 / 360, 0, west, 0, -1 / 360, -16), "EPSG:4326")
+    name = f"Copernicus_DSM_COG_10_S17_{'E' if west > 0 else 'W'}{abs(west)}"
+    lon = np.linspace(west % 360, west % 360 + 1, 361)[:-1] + 1 / 720
+    write_cog(folder / f"{name}.tif", np.repeat(((lon - 179) * 100)[None], 360, 0).astype("float32"), box)
+    return stac_item(name, "cop-dem-glo-30", "2021-04-22", box, {}, {"data": asset(f"{name}.tif", box)})

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,17 +10,21 @@ import torch
 from affine import Affine
 from odc.geo import CRS
 from odc.geo.geobox import GeoBox
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from panterra.cli import main
 from panterra.errors import InputError
+from panterra.evaluate.probes import FeatureSource, Probe
 from panterra.imagery.grids import common_crs, footprint, lonlat
 from panterra.imagery.raster import read_onto, write_cog
 from panterra.imagery.stac import Scene, make_item, open_scene, save_scene
 from panterra.mapping.areas import lay_grid, parse_crs, read_area
 from panterra.mapping.embeddings import open_embeddings
 from panterra.mapping.run import embed
+from panterra.mapping.run import map as make_map
 from panterra.mapping.seams import read_seams
+from panterra.mapping.tiles import Window
 from panterra.models.features import Features
 from panterra.models.weights import load_model
 from panterra.planet import write_planet_scene
@@ -321,3 +326,93 @@ def test_the_command_line_takes_an_area_and_a_crs(tmp_path, capsys):
     store = open_embeddings(out)
     assert store.box.crs.epsg == 3035
     assert np.isfinite(store.read()).all(-1).sum() == pytest.approx(64, abs=12)
+
+
+def a_probe():
+    """A probe of values: the first band."""
+    tensors = {"mean": torch.zeros(13), "scale": torch.ones(13), "weight": torch.eye(13)[:, :1], "bias": torch.zeros(1)}
+    source = FeatureSource(encoder="means", patch_m=40, modalities=Means.modalities, window_px=16)
+    return Probe(kind="ridge", task="values", classes=(), tensors=tensors, source=source)
+
+
+def values_of(path):
+    with rasterio.open(path) as file:
+        return file.read(1), file.transform
+
+
+@pytest.mark.parametrize(("name", "dtype", "needed"), [("e.zarr", "int8", 30 + 104), ("e.tif", "float32", 25 * 20)])
+def test_a_map_of_stored_embeddings_is_cut_to_an_area(tmp_path, name, dtype, needed):
+    """Of each block, 12 patches of the store or all of the GeoTIFF, the rectangle around what is inside is read."""
+    box = box_at(500_000, 5e6, "EPSG:32633", 160)
+    store = embed(open_scene([image(tmp_path, "i", box)]), Means(), tmp_path / name, dtype=dtype, **CUT)
+    area = shapely.MultiPolygon([square(box, 51, 53, 75, 71), square(box, 101, 101, 131, 151)])
+    read = []
+
+    def fetch(window):
+        read.append(window)
+        return store._fetch(window)
+
+    whole, _ = values_of(make_map(store, a_probe(), tmp_path / "whole.tif").path)
+    made = make_map(replace(store, _fetch=fetch), a_probe(), tmp_path / "part.tif", aoi=area)
+    part, transform = values_of(made.path)
+    rows, cols = np.mgrid[13:38, 12:33]
+    x, y = cols * 4 + 2, rows * 4 + 2
+    inside = ((x > 51) & (x < 75) & (y > 53) & (y < 71)) | ((x > 101) & (x < 131) & (y > 101) & (y < 151))
+    assert part.shape == inside.shape
+    assert (transform.c, transform.f) == (500_000 + 12 * 40, 5e6 - 13 * 40)
+    np.testing.assert_array_equal(part, np.where(inside, whole[13:38, 12:33], np.nan))
+    assert sum(w.height * w.width for w in read) == needed
+    assert made.area_km2 == pytest.approx((24 * 18 + 30 * 50) * 100 / 1e6, rel=1e-3)
+    told = json.loads(made.passport.read_text())["properties"]
+    assert len(told["panterra:options"]["area"]) == 64
+    with pytest.raises(InputError, match=r"part\.tif exists"):
+        make_map(store, a_probe(), tmp_path / "part.tif", aoi=square(box, 51, 53, 75, 71))
+
+
+def test_a_map_of_stored_embeddings_is_cut_to_a_box(tmp_path):
+    box = box_at(500_000, 5e6, "EPSG:32633", 160)
+    store = embed(open_scene([image(tmp_path, "i", box)]), Means(), tmp_path / "e.zarr", **CUT)
+    whole, _ = values_of(make_map(store, a_probe(), tmp_path / "whole.tif").path)
+    part, _ = values_of(make_map(store, a_probe(), tmp_path / "part.tif", box=box[20:101, 30:120]).path)
+    np.testing.assert_array_equal(part, whole[5:26, 7:30])
+    # Blocks are 12 patches: the first border inside is at row 12 of the store, so at row 7 of the part.
+    cut = store.part(Window(row=5, col=7, height=21, width=23), lambda window: np.ones((21, 23), bool))
+    assert cut.offset == (5, 7)
+    seams = [read_seams(tmp_path / f"{name}.tif.json") for name in ("whole", "part")]
+    assert seams[0].num_across == 2 * 3 * 40
+    assert seams[1].num_across == 2 * 23 + 2 * 21
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"crs": "EPSG:3035"}, "stored embeddings keep the grid they were made on"),
+        ({"model": Means()}, "need no encoder; leave out model"),
+        ({"aoi": "0,0,1,1"}, "the embeddings show nothing of the area"),
+        (
+            {"box": box_at(500_000, 5e6, "EPSG:32632")},
+            "the box is in EPSG:32632, the embeddings are in WGS 84 / UTM zone 33N",
+        ),
+    ],
+)
+def test_what_stored_embeddings_cannot_do_is_told(tmp_path, given, message):
+    scene = open_scene([image(tmp_path, "i", box_at(500_000, 5e6, "EPSG:32633", 40))])
+    store = embed(scene, Means(), tmp_path / "e.zarr", **CUT)
+    with pytest.raises(InputError, match=message):
+        make_map(store, a_probe(), tmp_path / "m.tif", **given)
+
+
+@pytest.mark.parametrize("name", ["e.zarr", "e.tif"])
+def test_parts_without_what_the_seam_score_needs_are_told_of(tmp_path, name):
+    scene = open_scene([image(tmp_path, "i", box_at(500_000, 5e6, "EPSG:32633", 160))])
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(scene, Means(), tmp_path / name, progress=stop, **CUT)
+    for path in (tmp_path / f"{name}.parts").glob("tile_*"):
+        save_file({key: value for key, value in load_file(path).items() if "seam" not in key}, path)
+    with pytest.raises(InputError, match=r"holds tiles of an earlier version of panterra.*remove that folder"):
+        embed(scene, Means(), tmp_path / name, **CUT)

@@ -24,6 +24,7 @@ from panterra.errors import InputError
 from panterra.imagery.stac import make_item, save_scene
 from panterra.mapping import sources
 from panterra.mapping.cluster import saved
+from panterra.mapping.effort import BudgetError
 from panterra.mapping.embeddings import open_embeddings
 from panterra.mapping.parts import IncompleteError
 from panterra.mapping.run import embed
@@ -179,13 +180,26 @@ def test_the_command_line_says_which_tiles_are_missing(model, poisoned, tmp_path
     [
         ({"on": "processes"}, "cannot compute on 'processes'; give local, processes:N"),
         ({"on": "processes:0"}, "cannot compute on 'processes:0'"),
-        ({"on": TWO, "budget_kwh": 1.0}, "leave out the budget or processes:2"),
     ],
 )
 def test_what_is_no_place_to_compute_says_so(scene, model, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         embed(scene, model, tmp_path / "e.zarr", **change, **CUT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_stops_the_workers_and_a_larger_one_goes_on(scene, model, alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("PANTERRA_LEDGER", "off")
+    out = tmp_path / "e.zarr"
+    with pytest.raises(BudgetError, match=r"stopped: .* of 1e-12 kWh used .*tiles left: 15"):
+        embed(scene, model, out, on=TWO, budget_kwh=1e-12, **CUT)
+    assert not mp.active_children()
+    assert not out.exists()
+    assert len(list((tmp_path / "e.zarr.parts").glob("tile_*"))) == 1
+    store = embed(scene, model, out, on=TWO, budget_kwh=1e3, **CUT)
+    assert bytes_of(store.path) == bytes_of(alone)
+    told = json.loads(store.passport.read_text())["properties"]["panterra:energy"]
+    assert "2 workers" in told["detail"]
 
 
 class Own:

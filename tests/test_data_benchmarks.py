@@ -10,6 +10,7 @@ import miniatures_benchmarks
 from panterra.data.labelled import IGNORE, open_labelled
 from panterra.data.pastis_hd import open_pastis_hd
 from panterra.data.stored_pixels import S2_BANDS
+from panterra.data.verify import verify
 from panterra.data.views import as_level_2a, corners, cut, monthly
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
@@ -129,7 +130,7 @@ def test_breizhcrops(tmp_path):
     sample = train[1]
     assert (sample.fold, train.class_names[sample.target]) == ("frh02", "temporary meadows")
     assert sample.batch.observations["sentinel2"].dates.tolist() == days("2017-01-03", "2017-01-13", "2017-03-02")
-    order = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
+    order = ("B01", "B10", "B11", "B12", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09")
     np.testing.assert_array_equal(bands(sample, "sentinel2", *order)[..., 0, 0], truth["frh02"][:, :13])
     (test,) = open_labelled("breizhcrops", tmp_path, "test")
     assert test.batch.observations["sentinel2"].dates.tolist() == days("2017-01-01", "2017-03-01")
@@ -252,3 +253,35 @@ def test_real_sen1floods11_in_tiles(data_dir, tmp_path):
     tile = labelled[3]
     row, col = (int(part) for part in tile.id.split("@")[1].split(","))
     np.testing.assert_array_equal(bands(tile, "sentinel1", "vv", "vh")[0], power[:, row : row + 64, col : col + 64])
+
+
+def test_eurosat_ms(tmp_path):
+    truth = BUILDERS["eurosat_ms"](tmp_path)
+    train, test = (open_labelled("eurosat_ms", tmp_path, split) for split in ("train", "test"))
+    assert {id.rsplit("_", 1)[1] for id in train.ids} == {"1", "2"}
+    assert test.ids == tuple(f"{name}/{name}_10" for name in test.class_names)
+    for code, sample in enumerate(test):
+        assert sample.target.tolist() == [code]
+    found = test[3].batch.observations["sentinel2"].pixels[0, 0]
+    stored = truth[test.ids[3]]
+    order = MODALITIES["sentinel2"].band_names
+    for band, index in (("B02", 1), ("B10", 9), ("B12", 11), ("B8A", 12)):
+        np.testing.assert_array_equal(found[order.index(band)], stored[index])
+
+
+@pytest.mark.data
+def test_eurosat_as_it_is(data_dir):
+    root = data_dir / "eurosat_ms"
+    findings = verify("eurosat_ms", root)
+    assert not [f.what for f in findings if f.level == "error"]
+    train, test = (open_labelled("eurosat_ms", root, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (90, 40)
+    sample = train[train.ids.index("SeaLake/SeaLake_3")]
+    pixels = dict(
+        zip(MODALITIES["sentinel2"].band_names, sample.batch.observations["sentinel2"].pixels[0, 0], strict=True)
+    )
+    # Water is darker in the infrared than in the green; Europe lies where it does.
+    assert pixels["B8A"].mean() < pixels["B03"].mean()
+    lon, lat = sample.batch.lonlat[0].tolist()
+    assert -12 < lon < 35
+    assert 34 < lat < 72

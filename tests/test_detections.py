@@ -1,6 +1,7 @@
 """Objects all over a scene."""
 
 import json
+import os
 
 import geopandas as gpd
 import numpy as np
@@ -16,8 +17,9 @@ from panterra.finetune.boxes import SHAPE, find_boxes
 from panterra.finetune.heads import HeadConfig
 from panterra.finetune.model import Base, FineTuned, Setup
 from panterra.imagery.stac import open_scene
-from panterra.mapping import detections
+from panterra.mapping import detections, sources
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
+from test_cluster import block_of, write_scene
 from test_finetune_detection import plant_ships
 
 
@@ -77,6 +79,13 @@ def a_detector(side=4, patch_m=40):
     model = FineTuned(encoder, setup)
     model.head = Brightness(side)
     return model.eval().requires_grad_(False)
+
+
+def an_untrained_detector():
+    """A detector that can be saved; of everything it sees it thinks something else."""
+    model = a_detector()
+    torch.manual_seed(1)
+    return FineTuned(model.encoder, model.setup).eval().requires_grad_(False)
 
 
 def boxes_in(path, crs):
@@ -186,3 +195,49 @@ def test_the_command_lists_objects(sea, tmp_path, capsys, monkeypatch):
 def test_wrong_wishes_are_refused(sea, tmp_path, name, options, said):
     with pytest.raises(InputError, match=said):
         detections.detect(sea, a_detector(), tmp_path / name, **options)
+
+
+def test_the_list_may_be_made_on_another_grid(sea, tmp_path):
+    made = detections.detect(sea, a_detector(), tmp_path / "ships.geojson", threshold=0.3, crs="EPSG:3035")
+    assert json.loads(made.passport.read_text())["properties"]["proj:code"] == "EPSG:3035"
+    assert made.counts["ship"] == pytest.approx(40, abs=8)
+    box = open_scene(sea).geobox()
+    with pytest.raises(InputError, match="a box has its own CRS"):
+        detections.detect(sea, a_detector(), tmp_path / "b.geojson", threshold=0.3, crs="EPSG:3035", box=box)
+
+
+FEW = {"threshold": 0.08, "tile_px": 48}
+
+
+def test_other_processes_list_the_same_and_a_poisoned_tile_loses_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "WAITS_S", (0.0,))
+    scene, model = write_scene(tmp_path / "scene"), an_untrained_detector()
+    whole = detections.detect(scene, model, tmp_path / "whole.geojson", **FEW)
+    assert whole.counts["ship"] > 20
+    path, out = scene / "s2_0.tif", tmp_path / "ships.geojson"
+    good, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    offset, size = block_of(path, 1, 1)
+    path.write_bytes(good[:offset] + b"\xff" * size + good[offset + size :])
+    os.utime(path, ns=times)
+    monkeypatch.setattr("panterra.finetune.model.load_finetuned", lambda folder: model)
+    monkeypatch.setenv("PANTERRA_LEDGER", "off")
+    with pytest.raises(SystemExit) as status:
+        command(str(scene), model=tmp_path, out=out, threshold=0.08, tile_px=48, on="processes:1", as_json=True)
+    assert status.value.code == 3
+    said = capsys.readouterr()
+    assert "is complete but for 4 of 16 tiles, which list no objects (the passport lists them)" in said.err
+    told = json.loads(said.out)
+    assert list(told["failed_tiles"]) == ["00001_00001", "00001_00002", "00002_00001", "00002_00002"]
+    noted = json.loads((tmp_path / "ships.geojson.json").read_text())["properties"]["panterra:failed_tiles"]
+    assert {tile["tile"]: tile["reason"] for tile in noted} == told["failed_tiles"]
+    assert 0 < told["counts"]["ship"] < whole.counts["ship"]
+    assert len(json.loads(out.read_text())["features"]) == told["counts"]["ship"]
+    path.write_bytes(good)
+    os.utime(path, ns=times)
+    done = []
+    again = detections.detect(scene, model, out, progress=lambda n, total: done.append(n), **FEW)
+    assert done[0] > 0
+    assert again.path.read_bytes() == whole.path.read_bytes()
+    assert not (tmp_path / "ships.geojson.parts").exists()
+    other = detections.detect(scene, model, tmp_path / "other.geojson", on="processes:1", **FEW)
+    assert other.path.read_bytes() == whole.path.read_bytes()

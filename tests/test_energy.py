@@ -1,12 +1,13 @@
 import json
 import os
+import platform
 import time
 
 import pytest
 
 from panterra.energy import CORE_W, GRID_G_PER_KWH, EnergyReport, measure_energy
 from panterra.energy.grid import local_grid
-from panterra.energy.meter import CORE_W_RANGE, _Rapl
+from panterra.energy.meter import CORE_W_RANGE, MEMORY_W_PER_GB, Usage, _Rapl
 from panterra.errors import InputError
 
 
@@ -112,3 +113,36 @@ def test_stretches_of_a_job_add_up_and_survive_json():
     assert (both.core_seconds, both.gpus, both.peak_memory_gb) == (3, 1, 2)
     assert both.co2e_kg == pytest.approx(3 * 0.056)
     assert EnergyReport.of(json.loads(json.dumps(both.as_dict()))) == both
+
+
+def used(**changes):
+    told = {"machine": platform.node(), "process": 7, "seconds": 60.0, "core_seconds": 100.0, "memory_gb": 0.0}
+    return Usage(**{**told, **changes})
+
+
+def test_workers_count_by_what_they_told_last(tmp_path, monkeypatch):
+    monkeypatch.setattr("panterra.energy.meter.RAPL", tmp_path)
+    with measure_energy() as meter, measure_energy() as alone:
+        meter.tell(used(core_seconds=900.0))
+        meter.tell(used())
+        meter.tell(used(machine="elsewhere", core_seconds=50.0, memory_gb=2.0))
+    more = meter.report.core_seconds - alone.report.core_seconds
+    assert more == pytest.approx(150, abs=1)
+    joules = (meter.report.kwh - alone.report.kwh) * 3.6e6
+    assert joules == pytest.approx(150 * CORE_W + 60 * 2 * MEMORY_W_PER_GB, abs=20)
+    assert "this process and 2 workers: " in meter.report.detail
+    assert "worker" not in alone.report.detail
+
+
+def test_counters_know_of_the_workers_here_and_of_none_elsewhere(tmp_path, monkeypatch):
+    write_zone(tmp_path, "intel-rapl:0", "package-0", 5)
+    monkeypatch.setattr("panterra.energy.meter.RAPL", tmp_path)
+    with measure_energy() as here, measure_energy() as both:
+        here.tell(used())
+        both.tell(used())
+        both.tell(used(machine="elsewhere", core_seconds=50.0))
+    assert (here.report.method, here.report.kwh, here.report.kwh_range) == ("measured", 0, None)
+    assert both.report.method == "modelled"
+    assert both.report.kwh * 3.6e6 == pytest.approx(50 * CORE_W)
+    assert both.report.kwh_range[1] * 3.6e6 == pytest.approx(50 * CORE_W_RANGE[1])
+    assert "whole machine and 1 worker on other machines: 50.0 core-seconds" in both.report.detail

@@ -66,6 +66,35 @@ def test_one_run_gives_table_csv_lines_and_page(root, tmp_path, capsys):
     assert page.count("<svg") == 2 + 3 + 3
 
 
+def test_what_was_asked_for_stands_in_columns(root, tmp_path, capsys):
+    words = quick(root, tmp_path, "planet_pixels")
+    options = ("--compress", "none", "int8", "--fractions", 0.5, 1, "--subsets", "published", "--loss", "dice")
+    run(*words, "--protocols", "interpolate", *options, "--class-weights", "balanced", "--normalisation", "model")
+    assert "interpolate, int8" in capsys.readouterr().out
+    with (tmp_path / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(line["compression"], line["subset"]) for line in table] == [
+        (compression, subset) for compression in ("none", "int8") for subset in ("random, seed 42", "")
+    ]
+    assert {(line["loss"], line["class_weights"], line["protocol"]) for line in table} == {
+        ("dice", "balanced", "interpolate")
+    }
+    assert float(table[0]["bytes"]) == 4 * float(table[2]["bytes"])
+    page = (tmp_path / "report.html").read_text()
+    assert "interpolating probe, int8" in page
+    assert "Dice and cross-entropy; balanced classes" in page
+    # A curve over labels for each way of storage.
+    assert page.count("training samples</text>") == 2
+
+
+def test_one_way_to_choose_the_statistics(root, tmp_path):
+    words = quick(root, tmp_path, "planet_pixels")
+    with pytest.raises(InputError, match="leave it or --normalisation out"):
+        run(*words, "--normalisation", "model", "--sweep", "normalisation")
+    with pytest.raises(InputError, match="'zip' compresses nothing"):
+        run(*words, "--compress", "zip")
+
+
 def test_a_failure_is_told_after_the_rest_is_written(root, tmp_path, capsys):
     words = quick(root, tmp_path, "planet_classes")
     at = words.index("--out")

@@ -8,6 +8,8 @@ import pytest
 import rasterio
 from odc.geo.geobox import GeoBox
 
+import fetching
+from fetching import ALL, WHERE, bytes_of, command, connect, fetch
 from panterra.cli import main
 from panterra.errors import InputError
 from panterra.imagery.download import cut_out, fetch_pieces, piece_name
@@ -17,31 +19,11 @@ from panterra.imagery.raster import read_onto, write_cog
 from panterra.imagery.stac import open_scene
 from panterra.imagery.web import Web
 from panterra.imagery.wish import Wish
-from stac_server import AREA, CRS, S2_DAYS, TILES, corners, make_archive, serving
+from stac_server import AREA, CRS, S2_DAYS, TILES, corners, serving
 
-WHERE = ",".join(f"{edge:.9f}" for edge in corners(AREA))
-ALL = ("sentinel2_l2a", "sentinel1", "landsat")
+BOTH = "sentinel2_l2a,sentinel1"
 
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("archive")
-    return folder, make_archive(folder)
-
-
-@pytest.fixture
-def server(archive):
-    with serving(*archive) as state:
-        yield state
-
-
-def connect(provider, access):
-    return Web(access.sign, per_second=1e6, pause_s=0.001, timeout_s=5, tries=4)
-
-
-def fetch(server, out, modalities=("sentinel2_l2a",), *, dates="2024-01/2024-02", options=None, **wishes):
-    wish = Wish(aoi=WHERE, dates=dates, modalities=modalities, **wishes)
-    return pull(wish, [find_provider(server.address)], out, connect=connect, **(options or {}))
+archive, server = fetching.archive, fetching.server
 
 
 def here(archive, *days, modality="sentinel2_l2a", **options):
@@ -54,10 +36,6 @@ def here(archive, *days, modality="sentinel2_l2a", **options):
 def read(out, name):
     with rasterio.open(out / name) as file:
         return file.read()
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # Pixels ---------------------------------------------------------------------------------------------------------------
@@ -261,6 +239,25 @@ def test_a_piece_is_the_part_of_its_file_over_the_area(tmp_path):
             np.testing.assert_array_equal(one, other)
 
 
+# Rasterio cannot log what GDAL says while an exception of ours is on its way.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_of_a_file_that_breaks_off_nothing_is_left(tmp_path):
+    box = AREA.pad(500)
+    write_cog(tmp_path / "big.tif", np.random.default_rng(0).integers(0, 60000, box.shape).astype("uint16"), box)
+    pieces = tmp_path / "pieces"
+    with serving(tmp_path, [], faults={"big.tif": [None, None, *[500] * 9]}) as server:
+        href = f"{server.address}/data/big.tif"
+        with Web(per_second=1e6, pause_s=0.001, tries=3) as web:
+            came, failed = fetch_pieces([href], box, pieces, web)
+            assert not came
+            assert "answered 500; gave up after 3 tries" in failed[href]
+            assert not list(pieces.iterdir())
+            server.faults.clear()
+            came, failed = fetch_pieces([href], box, pieces, web)
+    assert list(pieces.iterdir()) == [came[href]]
+    assert not failed
+
+
 def test_jpeg_2000_is_read_as_well(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 60000, (1, 200, 200)).astype("uint16")
     box = GeoBox((200, 200), AREA.affine, CRS)
@@ -290,16 +287,9 @@ def test_what_has_no_pixels_there_is_a_failure_of_one_line(tmp_path):
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def command(server, out, *more):
-    return [
-        *("fetch", f"--aoi={WHERE}", "--dates", "2024-01/2024-02", "--source", server.address, "--out", str(out)),
-        *("--modalities", "sentinel2_l2a,sentinel1", "--title", "t", *more),
-    ]
-
-
 def test_the_scene_says_where_it_comes_from_and_the_doctor_finds_nothing(server, tmp_path, capsys):
     out = tmp_path / "scene"
-    assert main([*command(server, out), "--json"]) == 0
+    assert main([*command(server, out, BOTH), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["dates"]["sentinel2_l2a"] == ["2024-01-16", "2024-02-15"]
     assert said["failures"] == []
@@ -318,7 +308,7 @@ def test_the_scene_says_where_it_comes_from_and_the_doctor_finds_nothing(server,
 
 def test_a_list_fetches_nothing(server, tmp_path, capsys):
     server.log.clear()
-    arguments = command(server, tmp_path / "scene", "--best", "1", "--list")
+    arguments = command(server, tmp_path / "scene", BOTH, "--best", "1", "--list")
     assert main([*arguments, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [image["id"] for image in listed["images"]] == [
@@ -375,9 +365,8 @@ def test_what_is_missing_is_asked_for(arguments, message, capsys):
 def test_missing_credentials_give_one_line_and_no_requests(server, tmp_path, monkeypatch, capsys):
     for name in ("CDSE_S3_ACCESS_KEY", "CDSE_S3_SECRET_KEY", "CDSE_USERNAME", "CDSE_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    arguments = command(server, tmp_path / "scene")
+    arguments = command(server, tmp_path / "scene", "sentinel2_l2a")
     arguments[arguments.index(server.address)] = "cdse"
-    arguments[arguments.index("sentinel2_l2a,sentinel1")] = "sentinel2_l2a"
     assert main(arguments) == 2
     assert "set CDSE_S3_ACCESS_KEY and CDSE_S3_SECRET_KEY" in capsys.readouterr().err
     assert not (tmp_path / "scene").exists()

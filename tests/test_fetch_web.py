@@ -17,7 +17,7 @@ from panterra.imagery.signing import (
     sign_s3,
     sign_v4,
 )
-from panterra.imagery.web import CHUNK, CredentialsError, RangeFile, Web, plain
+from panterra.imagery.web import CHUNK, LONGEST_PAUSE_S, CredentialsError, RangeFile, Web, plain
 from stac_server import serving
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 5 * CHUNK + 1234, dtype="uint8").tobytes()
@@ -71,6 +71,15 @@ def test_it_may_ask_by_a_date(server):
     with patient() as (web, pauses):
         read(web, server, "small.bin")
     assert 20 < pauses[0] <= 30
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [("100000", 100, LONGEST_PAUSE_S), ("soon", 0.2, 0.5)])
+def test_nobody_waits_for_ever(server, asked, least, most):
+    server.faults["small.bin"] = [(429, asked)]
+    with patient() as (web, pauses):
+        assert read(web, server, "small.bin") == b"small"
+    assert len(pauses) == 1
+    assert least <= pauses[0] <= most
 
 
 def test_what_never_comes_is_said_in_one_line(server):

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from panterra.data.labelled import LabelledSample
 from panterra.errors import InputError
 from panterra.evaluate import metrics
+from panterra.evaluate.class_weights import balanced_weights
+from panterra.evaluate.dice import dice_loss
 from panterra.evaluate.probes import ProbeClass
 from panterra.finetune.augment import Augmentation, turn_sample, vary
 from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.lora import add_lora, merge_lora
 from panterra.finetune.model import Base, FineTuned, Setup
 from panterra.finetune.step import Tuning, layer_scales, make_optimiser, prepare
-from panterra.finetune.tasks import TASKS, LossOptions, balanced_weights, macro_f1, micro_f1, task_of
+from panterra.finetune.tasks import TASKS, LossOptions, macro_f1, micro_f1, task_of
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.features import Features
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
@@ -154,6 +156,16 @@ def test_tallies_of_labels_give_f1():
     micro, macro = metrics.multilabel_f1(target > 0, scores > 0)
     assert float(micro_f1(sums)) == pytest.approx(micro)
     assert float(macro_f1(sums)) == pytest.approx(macro)
+
+
+def test_dice_stands_beside_the_cross_entropy():
+    g = torch.Generator().manual_seed(0)
+    scores, target = torch.randn(2, 3, 4, 4, generator=g), torch.randint(-1, 3, (2, 4, 4), generator=g)
+    loss, weights = task_of("segmentation").loss, torch.tensor([0.2, 0.3, 0.5])
+    both = loss(scores, target, LossOptions(dice=weights))
+    torch.testing.assert_close(both, loss(scores, target, LossOptions()) + dice_loss(scores, target, weights))
+    nothing = loss(scores, torch.full_like(target, -1), LossOptions(dice=weights))
+    assert nothing == 0
 
 
 def test_balanced_classes_weigh_the_same_together():

@@ -134,6 +134,57 @@ def test_a_small_model_learns_a_batch_and_its_teacher_stays():
     assert any(not torch.equal(weight, teacher[name]) for name, weight in model.teacher.named_parameters())
 
 
+def test_a_regulariser_is_a_term_of_each_view():
+    plain, spread = make(), make(regulariser={"type": "KoLeo", "mode": "patch", "weight": 0.1})
+    one, other = plain(views()), spread(views())
+    terms = [view["regulariser"] for view in other.views]
+    assert all(term.detach() != 0 for term in terms)
+    torch.testing.assert_close(other.total, one.total + torch.stack(terms).mean())
+    assert "regulariser" in other.terms
+
+
+def test_pixels_cost_their_mean_absolute_error_where_they_are_there():
+    model, (view,) = make(contrast_weight=0.0, loss={"type": "mae"}), views(number=1)
+    inputs = {m: x.clone() for m, x in view.inputs.items()}
+    inputs["worldcover"][1, :, :, 3, 5] = -99999.0  # a pixel of a patch that is there all the same
+    inputs["sentinel2_l2a"][2, 1, 4] = -99999.0  # a band of a date
+    with torch.no_grad():
+        for weight in model.reconstructor.parameters():
+            weight.zero_()
+    got = model(Views((replace(view, inputs=inputs),))).views[0]
+    for m, x in inputs.items():
+        errors = []
+        for b, row, col, date, _ in (view.masks[m] == DECODE).nonzero().tolist():
+            patch = x[b, date, :, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
+            errors.append(patch[patch != -99999.0].abs())
+        expected = torch.cat(errors).mean() if errors else torch.tensor(0.0)
+        torch.testing.assert_close(got[m], expected)
+
+
+def test_missing_pixels_cost_nothing_and_every_parameter_is_in_use():
+    model, (a, b) = make(loss={"type": "mae"}), views()
+    there = {m: x.clone() for m, x in a.inputs.items()}
+    there["worldcover"][1, 0, 0, 3, 5] = -99999.0
+    pair = [replace(view, inputs=there) for view in (a, b)]
+    out = model(Views(tuple(pair)))
+    out.total.backward()
+    assert all(w.grad is not None and w.grad.isfinite().all() for w in model.parameters() if w.requires_grad)
+    assert out.total < 10
+
+
+def test_a_small_model_learns_the_pixels_of_a_batch():
+    model, pair = make(loss={"type": "mae"}, contrast_weight=0.0).train(), views()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(pair).total
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
 def test_the_teacher_may_have_weights_of_its_own():
     name = "patch_embeddings.sentinel1.0.proj.weight"
     one, other = make(), make(teacher_seed=5)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from panterra.errors import InputError
+from panterra.models.packed import Packed
 from panterra.models.predictor import Chosen
 from panterra.objectives.losses import (
     LOSSES,
@@ -13,12 +14,14 @@ from panterra.objectives.losses import (
     adjusted_patch_discrimination,
     all_discrimination,
     class_cross_entropy,
+    cosine_similarity,
     distance,
     info_nce,
     join,
     koleo,
     pair_up,
     patch_discrimination,
+    regularise,
     token_loss,
 )
 
@@ -135,6 +138,9 @@ def test_simple_distances_match_the_library():
     pair = join(pairs_of(predicted, target, wanted))
     torch.testing.assert_close(distance(pair, power=1), F.l1_loss(predicted[wanted], target[wanted]))
     torch.testing.assert_close(distance(pair, power=2), F.mse_loss(predicted[wanted], target[wanted]))
+    p, t = predicted[wanted], target[wanted]
+    cosines = (p * t).sum(1) / (p.square().sum(1) * t.square().sum(1)).sqrt()
+    torch.testing.assert_close(cosine_similarity(pair), -cosines.mean())
     classes = target.abs().argmax(-1, keepdim=True)
     labelled = Pair(predicted=predicted, target=classes.float(), valid=wanted)
     torch.testing.assert_close(class_cross_entropy(labelled), F.cross_entropy(predicted[wanted], classes[wanted][:, 0]))
@@ -150,6 +156,37 @@ def test_koleo_rewards_spread():
     close, spread = torch.ones(4, 4) + 0.01 * torch.eye(4), torch.eye(4)
     assert koleo(spread) == pytest.approx(-math.log(math.sqrt(2)), rel=1e-5)
     assert koleo(close) > 3
+    assert koleo(spread[:1]) == 0
+
+
+def koleo_by_hand(rows):
+    unit = [row / row.norm() for row in rows]
+    nearest = [min(float((x - y).norm()) for j, y in enumerate(unit) if j != i) for i, x in enumerate(unit)]
+    return -sum(math.log(distance) for distance in nearest) / len(nearest)
+
+
+@pytest.mark.parametrize("mode", ["instance", "patch"])
+def test_koleo_looks_at_samples_or_at_their_tokens(mode):
+    lengths = (3, 1, 5, 2)
+    sample = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    seen = Packed.build(sample, torch.arange(11), samples=4)
+    latent = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
+    rows = [part.mean(0) for part in latent.split(lengths)] if mode == "instance" else latent
+    got = regularise(latent, seen, {"type": "KoLeo", "mode": mode, "weight": 0.3})
+    assert float(got) == pytest.approx(0.3 * koleo_by_hand(rows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"type": "spread"}, {}, "no regulariser 'spread'; known: KoLeo"),
+        ({"type": "KoLeo", "mode": "image"}, {}, "give instance"),
+        ({"type": "KoLeo"}, {"across_ranks": True}, "within one process"),
+    ],
+)
+def test_impossible_regularisers_are_refused(config, options, message):
+    with pytest.raises(InputError, match=message):
+        regularise(torch.ones(2, 3), Packed.of(torch.ones(2, 1, dtype=torch.bool)), config, **options)
 
 
 @pytest.mark.parametrize(

@@ -311,16 +311,30 @@ def test_budget_that_holds_no_date_is_refused():
         num_dates(12, 200, ALL, V1_GROUPS)
 
 
-def test_reading_without_the_plugin_says_what_to_install(corpus):
-    path = corpus[0].path(0)
+def test_without_the_plugin_the_published_layout_is_read_and_others_say_what_to_install(corpus, tmp_path):
+    shuffled = open_corpus(write_corpus(tmp_path, [make_sample(0)], shuffle=True))
     script = (
         "import sys; sys.modules['hdf5plugin'] = None\n"
         "import numpy as np\n"
         "from panterra.data.olmoearth_h5 import read_item\n"
-        f"read_item({str(path)!r}, ['sentinel1'], rng=np.random.default_rng())"
+        f"for path in ({str(corpus[0].path(0))!r}, {str(shuffled.path(0))!r}):\n"
+        "    print(read_item(path, ['sentinel1'], rng=np.random.default_rng()).inputs['sentinel1'].shape)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "torch.Size([12, 2, 16, 16])\n"
     assert "is compressed with zstd; install the package hdf5plugin to read it" in done.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"compression": "gzip"}, {"chunk_px": 5}])
+def test_how_a_corpus_is_compressed_does_not_matter(tmp_path, options):
+    samples = [make_sample(0), make_sample(1, present=GAPPY)]
+    plain = open_corpus(write_corpus(tmp_path / "plain", samples, compression=None))
+    packed = open_corpus(write_corpus(tmp_path / "packed", samples, **options))
+    for index in range(2):
+        for seed in range(4):
+            crop = CropSize(patch_px=2, side_patches=3, dates=4) if seed else None
+            one, other = (read_item(c.path(index), ALL, rng=rng(seed), crop=crop).inputs for c in (plain, packed))
+            assert all(torch.equal(one[m], other[m]) for m in ALL)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

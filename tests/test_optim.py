@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from panterra.errors import InputError
-from panterra.train.optim import Optimisation, Plateau, Waited, learning_rate, make_optimiser, wait
+from panterra.train.optim import Optimisation, Plateau, Waited, learning_rate, make_optimisers, wait
 
 PUBLISHED = Optimisation(lr=1e-4, weight_decay=0.02, steps=667_200)
 
@@ -33,7 +33,7 @@ def test_all_trainable_parameters_are_updated_as_adamw_does():
     module[2].requires_grad_(False)
     optimisation = replace(PUBLISHED, lr=0.1, weight_decay=0.3)
     start = [weight.detach().clone() for weight in module.parameters()]
-    optimiser = make_optimiser(module, optimisation)
+    (optimiser,) = make_optimisers(module, optimisation)
     expected, moments = [w.double() for w in start], [(0.0, 0.0) for _ in start]
     x = torch.randn(5, 3)
     for step in (1, 2):

@@ -60,7 +60,9 @@ def test_the_plan_of_an_area_is_that_of_the_scene_that_is_fetched(server, wish, 
     wanted = list_pull(wish, [provider])
     plan = plan_map(wanted, model=encoder, **CUT)
     scene = pull(wish, [provider], tmp_path / "scene").scene
-    later = plan_map(scene, model=encoder, box=wanted.area.box, **CUT)
+    later = plan_map(scene, model=encoder, aoi=WHERE, **CUT)
+    whole = [plan_map(one, model=encoder, box=wanted.area.box, **CUT) for one in (wanted, scene)]
+    assert whole[0].windows == whole[1].windows
     for what in ("rows", "cols", "windows", "tiles", "area_km2"):
         assert getattr(plan, what) == getattr(later, what)
     assert [one.dates for one in plan.imagery] == [one.dates for one in later.imagery]
@@ -68,6 +70,23 @@ def test_the_plan_of_an_area_is_that_of_the_scene_that_is_fetched(server, wish, 
     assert plan.volume.files is None
     assert plan.volume.transferred == sum(wanted.bytes_of(image) for image in wanted.images)
     assert plan.speed.source.endswith("measured now without reading")
+
+
+def test_the_corners_of_an_area_are_not_counted(server, tmp_path):
+    west, south, east, north = corners(AREA)
+    where = {"type": "Polygon", "coordinates": [[[west, south], [east, south], [west, north], [west, south]]]}
+    (tmp_path / "area.geojson").write_text(json.dumps(where))
+    wish = Wish(
+        aoi=str(tmp_path / "area.geojson"), dates="2024-01/2024-02", modalities=("sentinel2_l2a",), composite="none"
+    )
+    provider, encoder, told = find_provider(server.address), Means(), []
+    wanted = list_pull(wish, [provider])
+    plan = plan_map(wanted, model=encoder, **CUT)
+    scene = pull(wish, [provider], tmp_path / "scene").scene
+    aoi = tmp_path / "area.geojson"
+    embed(scene, encoder, tmp_path / "e.zarr", aoi=aoi, progress=lambda *step: told.append(step), **CUT)
+    assert told[-1] == (plan.windows, plan.windows)
+    assert plan.windows < plan_map(wanted, model=encoder, box=wanted.area.box, **CUT).windows
 
 
 def test_clear_dates_are_those_that_the_provider_states(server, wish):
@@ -113,7 +132,7 @@ def test_the_command_plans_an_area(server, capsys):
     ("given", "message"),
     [
         ({}, "say what to plan: a scene, or an area with --aoi"),
-        ({"scene": "scene", "aoi": WHERE}, "say what to plan"),
+        ({"scene": "scene", "source": ["cdse"]}, "choose imagery to fetch"),
         ({"aoi": WHERE, "modalities": ["sentinel1"]}, "an area needs --dates"),
         ({"aoi": WHERE, "dates": "2024-01"}, "an area needs --dates.* and --modalities"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import shapely
 import torch
 from affine import Affine
 from odc.geo.geobox import GeoBox
@@ -20,6 +21,7 @@ from panterra.energy.impact import Figure, exactly
 from panterra.energy.ledger import read_ledger
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, Probe, ProbeClass
+from panterra.imagery.grids import lonlat
 from panterra.imagery.raster import write_cog
 from panterra.imagery.stac import make_item, open_scene, save_scene
 from panterra.mapping import plan as planning
@@ -155,6 +157,40 @@ def test_windows_pixels_and_bytes_are_those_of_the_run(scene, ledger, tmp_path):
     assert plan.volume.transferred == decoded // 2
     files = {asset.href for item in scene.items for asset in item.assets} | {i.mask[0] for i in scene.items if i.mask}
     assert plan.volume.files == sum(Path(file).stat().st_size for file in files)
+
+
+def triangle(corners):
+    """A polygon in degrees, by columns and rows of the grid."""
+    x, y = zip(*(BOX.affine @ corner for corner in corners), strict=True)
+    return shapely.Polygon(zip(*lonlat(BOX.crs, x, y), strict=True))
+
+
+@pytest.mark.parametrize("crs", [None, "EPSG:3035"])
+def test_what_lies_outside_an_area_is_not_counted(scene, ledger, tmp_path, crs):
+    area, encoder = triangle([(1, 1), (119, 3), (2, 94)]), FirstBands()
+    options = {"patch_m": 40, "aoi": area, "crs": crs, **CUT}
+    plan, all_of_it = plan_map(scene, model=encoder, **options), plan_map(scene, model=encoder, patch_m=40, **CUT)
+    encoder.windows, told = 0, []
+    store = embed(scene, encoder, tmp_path / "e.zarr", progress=lambda *step: told.append(step), **options)
+    assert 0 < plan.windows < all_of_it.windows
+    assert told[-1] == (plan.windows, plan.windows)
+    if crs is None:  # on another grid, windows at its corners may see nothing of the images
+        assert plan.tiles < all_of_it.tiles
+        assert encoder.windows == plan.windows == read_ledger()[-1].windows
+    assert (plan.rows, plan.cols) == store.box.shape
+    passport = json.loads(store.passport.read_text())["properties"]
+    assert passport["panterra:impact"]["area_km2"] == pytest.approx(plan.area_km2)
+    assert plan.area_km2 < 0.6 * all_of_it.area_km2
+    assert plan.volume.decoded < all_of_it.volume.decoded
+
+
+def test_windows_are_tried_where_the_area_is(scene, ledger):
+    encoder = FirstBands()
+    plan = plan_map(scene, model=encoder, aoi=triangle([(100, 80), (119, 80), (119, 95)]), box=BOX, measure=True, **CUT)
+    assert plan.windows < 8
+    assert encoder.windows == 4 * 8
+    with pytest.raises(InputError, match="nothing can be measured, as no image shows the area"):
+        plan_map(scene, model=encoder, aoi="0,0,1,1", box=BOX, measure=True, **CUT)
 
 
 def test_a_map_is_planned_by_its_probe(scene, ledger, probe, tmp_path):
@@ -391,6 +427,16 @@ def test_the_command_says_it_as_json(folder, ledger, tmp_path, capsys):
     )
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["cols"], told["windows"], told["currency"]) == (24, 30, 6, "EUR")
+
+
+def test_the_command_takes_an_area_of_a_scene(folder, ledger, tmp_path, capsys):
+    (tmp_path / "area.geojson").write_text(shapely.to_geojson(triangle([(1, 1), (60, 3), (2, 40)])))
+    options = {"model": "olmoearth-v1.2-nano", "random": 0, "as_json": True}
+    plan_command(str(folder), aoi=str(tmp_path / "area.geojson"), **options)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["cols"], told["windows"]) == (10, 15, 1)
+    with pytest.raises(InputError, match="choose imagery to fetch; leave them out, or the scene"):
+        plan_command(str(folder), dates="2024", **options)
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------

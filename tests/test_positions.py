@@ -28,7 +28,7 @@ def test_heads_turn_as_rotations_of_each_do():
     turn = torch.polar(torch.ones_like(angle), angle)
     q, k, v = x.unbind(2)
     expected = torch.stack([rotate(q, turn), rotate(k, turn), v], dim=2)
-    got = turn_heads(x, angle, 2)
+    got = torch.stack(turn_heads(x, angle, 2), dim=2)
     torch.testing.assert_close(got, expected)
     g = torch.randn_like(got)
     wanted = torch.autograd.grad((expected * g).sum(), (x, angle))

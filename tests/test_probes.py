@@ -103,6 +103,49 @@ def test_the_sweep_agrees_with_scikit_learn_on_every_member(classes, num, monkey
             np.testing.assert_allclose(ours, oracle.predict_proba(z), atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", ["balanced", {"0": 3.0, "2": 0.5}])
+def test_classes_that_count_more_do_as_in_scikit_learn(weights):
+    features, targets, groups = made_up()
+    # A rare class, which the plain probe neglects.
+    kept = (targets != 1) | (np.arange(len(targets)) % 5 == 0)
+    features, targets, groups = features[kept], targets[kept], groups[kept]
+    options = {"groups": groups, "folds": 3, "strengths": (1.0,)}
+    probe, report = fit_probe(features, targets, class_weights=weights, **options)
+    z = train_set(features, np.zeros(len(targets)), 1)
+    known = weights if weights == "balanced" else {int(name): w for name, w in weights.items()}
+    oracle = LogisticRegression(C=1.0, tol=1e-10, max_iter=10000, class_weight=known).fit(z, targets)
+    np.testing.assert_allclose(probe.probabilities(features), oracle.predict_proba(z), atol=1e-3)
+    if weights == "balanced":
+        wanted = len(targets) / (4 * np.bincount(targets))
+        assert report.class_weights == pytest.approx(tuple(wanted), rel=1e-5)
+        _, plain = fit_probe(features, targets, **options)
+        assert plain.class_weights == ()
+        assert report.metrics["macro_accuracy"].estimate > plain.metrics["macro_accuracy"].estimate
+    else:
+        assert report.class_weights == (3.0, 1.0, 0.5, 1.0)
+    for f in range(3):
+        held = report.folds == f
+        alone, _ = fit_probe(
+            features[~held], targets[~held], class_weights=weights, groups=groups[~held], folds=2, strengths=(1.0,)
+        )
+        np.testing.assert_array_equal(report.predictions[held], alone.predict(features[held]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"class_weights": "even"}, "class_weights is 'even'; wanted none, balanced or weights"),
+        ({"class_weights": "balanced", "kind": "ridge"}, "for logistic probes, not for ridge"),
+        ({"class_weights": {"corn": 2.0}}, "a weight came for 'corn'; the classes are 0, 1, 2, 3"),
+        ({"class_weights": {"1": 0.0}}, "a class weight is 0; wanted more than 0"),
+    ],
+)
+def test_class_weights_that_make_no_sense_are_refused(options, said):
+    features, targets, groups = made_up()
+    with pytest.raises(InputError, match=said):
+        fit_probe(features, targets, groups=groups, **options)
+
+
 def test_solving_together_is_solving_alone():
     features, targets, groups = made_up(dim=20)
     fold = split_by_group(groups, targets, folds=4)

@@ -141,6 +141,7 @@ def test_names_are_those_of_the_recipes_and_every_run_has_a_lab_note():
         ("fixed-modality-masking", {"masking"}),
         ("no-contrast", {"contrast_weight"}),
         ("patch-discrimination", {"loss"}),
+        ("mae", {"loss"}),
         ("reinitialised-targets", {"teacher"}),
         ("moving-targets", {"teacher"}),
         ("sentinel2-only", {"encoder"}),
@@ -189,6 +190,7 @@ def test_an_unknown_name_says_what_is_near():
         ("precision=float32", "float32"),
         ('masking={"type": "random"}', {"type": "random"}),
         ("betas=0.9,0.95", (0.9, 0.95)),
+        ('regulariser={"type": "KoLeo", "mode": "patch"}', {"type": "KoLeo", "mode": "patch"}),
         ("licence=Apache-2.0", "Apache-2.0"),
     ],
 )
@@ -220,6 +222,7 @@ def test_a_change_takes_the_type_of_its_setting(change, value):
         ("encoder.modalities=era5l_day_10", "no statistics"),
         ("views=3", "contrast_weight=0"),
         ("batch=0", "batch is 0"),
+        ('regulariser={"type": "KoLeo", "mode": "all"}', "give instance"),
         ("patch_px=[]", "patch_px is []"),
     ],
 )
@@ -283,16 +286,17 @@ def kept_for_backward(model, views):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "changes"),
     [
-        "olmoearth-v1.2-nano",
-        "olmoearth-v1.1-nano-patch-discrimination",
-        "olmoearth-v1.2-nano-no-pixel-layer",
-        "olmoearth-v1-nano-random-masking",
+        ("olmoearth-v1.2-nano", ()),
+        ("olmoearth-v1.1-nano-patch-discrimination", ()),
+        ("olmoearth-v1.2-nano-no-pixel-layer", ()),
+        ("olmoearth-v1-nano-random-masking", ()),
+        ("olmoearth-v1-nano-random-masking", ('loss={"type": "mae"}',)),
     ],
 )
-def test_arithmetic_and_memory_are_what_a_small_step_takes(name):
-    settings = replace(recipe(name), micro_batch=2, side_patches=(3,), precision="float32")
+def test_arithmetic_and_memory_are_what_a_small_step_takes(name, changes):
+    settings = replace(override(recipe(name), changes), micro_batch=2, side_patches=(3,), precision="float32")
     (crop,) = crop_tokens(settings, published_facts(settings))
     model, views = LatentMIM(settings.objective), draw_views(settings, crop, 2, 2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -352,7 +356,7 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["olmoearth-v1-nano", "olmoearth-v1.2-nano", "olmoearth-v1.2-nano-moving-targets"],
+    ["olmoearth-v1-nano", "olmoearth-v1.2-nano", "olmoearth-v1.2-nano-moving-targets", "olmoearth-v1-nano-mae"],
 )
 def test_a_run_stops_goes_on_and_ends_as_if_it_had_not_stopped(corpus, tmp_path, name):
     settings = tiny(name, "held_out=2")

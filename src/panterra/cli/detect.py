@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from panterra.cli.options import After, Aoi, Before, BudgetKwh, Country, Json, Overwrite, SceneAddress, TilePx
+from panterra.cli.options import (
+    INCOMPLETE,
+    After,
+    Aoi,
+    Before,
+    BudgetKwh,
+    Country,
+    CrsCode,
+    Json,
+    On,
+    Overwrite,
+    SceneAddress,
+    TilePx,
+)
 
 
 def detect(
@@ -22,33 +36,43 @@ def detect(
     same: Annotated[float, Parameter(help="IoU from which two boxes of a class are one object.")] = 0.5,
     before: Before | None = None,
     after: After | None = None,
-    aoi: Aoi | None = None,
     tile_px: TilePx | None = None,
+    crs: CrsCode | None = None,
+    aoi: Aoi | None = None,
+    on: On = "local",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
     as_json: Json = False,
 ) -> None:
-    """List the objects in a scene, each once. A stopped run goes on where it was."""
+    """List the objects in a scene, each once. A stopped run goes on where it was and ends with the same bytes."""
     from panterra.commands.terminal import note, progress_bar, show_json, show_table
     from panterra.finetune.model import at_periods, load_finetuned
     from panterra.mapping import detections
+    from panterra.mapping.parts import IncompleteError
 
-    with progress_bar("detecting") as progress:
-        found = detections.detect(
-            scene,
-            at_periods(load_finetuned(model), before, after),
-            out,
-            threshold=threshold,
-            same=same,
-            aoi=aoi,
-            tile_px=tile_px,
-            overwrite=overwrite,
-            country=country,
-            budget_kwh=budget_kwh,
-            progress=progress,
-            note=note,
-        )
+    failed: Mapping[str, str] = {}
+    try:
+        with progress_bar("detecting") as progress:
+            found = detections.detect(
+                scene,
+                at_periods(load_finetuned(model), before, after),
+                out,
+                threshold=threshold,
+                same=same,
+                tile_px=tile_px,
+                crs=crs,
+                aoi=aoi,
+                on=on,
+                overwrite=overwrite,
+                country=country,
+                budget_kwh=budget_kwh,
+                progress=progress,
+                note=note,
+            )
+    except IncompleteError as error:
+        note(f"panterra: {error}")
+        found, failed = error.result, error.failed
     if as_json:
         show_json(
             {
@@ -60,12 +84,15 @@ def detect(
                 "seconds": found.seconds,
                 "energy": found.energy.as_dict(),
                 "impact": found.impact.as_dict(area_km2=found.area_km2),
+                "failed_tiles": failed,
             }
         )
-        return
-    rows = [(name, number, f"{found.areas_m2[name]:.0f}") for name, number in found.counts.items()]
-    show_table(["class", "objects", "boxes, m2"], rows)
-    print(
-        f"\n{found.path}: scores from {found.threshold:.3g} on; {found.seconds:.0f} s, "
-        f"{found.energy.kwh * 1000:.3g} Wh ({found.energy.method}); {found.passport}"
-    )
+    else:
+        rows = [(name, number, f"{found.areas_m2[name]:.0f}") for name, number in found.counts.items()]
+        show_table(["class", "objects", "boxes, m2"], rows)
+        print(
+            f"\n{found.path}: scores from {found.threshold:.3g} on; {found.seconds:.0f} s, "
+            f"{found.energy.kwh * 1000:.3g} Wh ({found.energy.method}); {found.passport}"
+        )
+    if failed:
+        raise SystemExit(INCOMPLETE)

@@ -24,15 +24,27 @@ def evaluate(
     ],
     out: Annotated[Path, Parameter(help="Folder for tables and report; a repeated run goes on in it.")],
     protocols: Annotated[
-        list[Literal["knn", "linear", "attention", "anysat"]],
+        list[Literal["knn", "linear", "interpolate", "attention", "anysat"]],
         Parameter(consume_multiple=True, help="How features are judged."),
     ] = ["knn", "linear"],  # noqa: B006  (cyclopts copies it)
     fractions: Annotated[
         list[float], Parameter(consume_multiple=True, help="Shares of the training samples, for curves over labels.")
     ] = [1.0],  # noqa: B006
+    subsets: Annotated[
+        Literal["stratified", "published"],
+        Parameter(help="Shares drawn by class with each seed, or the lists that come with a data set."),
+    ] = "stratified",
     seeds: Annotated[
         list[int], Parameter(consume_multiple=True, help="Each draws other samples, first weights and batches.")
     ] = [42],  # noqa: B006
+    compress: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, help="Rows of their own for features as none, int8, percentile4, pca64, …"),
+    ] = None,
+    normalisation: Annotated[
+        list[Literal["model", "dataset", "published"]] | None,
+        Parameter(consume_multiple=True, help="By whose statistics; of several the one that validates best."),
+    ] = None,
     sweep: Annotated[
         list[Literal["normalisation", "pooling"]] | None,
         Parameter(consume_multiple=True, help="Also choose these by validation, besides the learning rate."),
@@ -45,6 +57,16 @@ def evaluate(
     ] = False,
     epochs: Annotated[int | None, Parameter(help="Of probe training, not the published number.")] = None,
     batch: Annotated[int | None, Parameter(help="Samples per step of a probe, not the published number.")] = None,
+    loss: Annotated[
+        Literal["cross_entropy", "dice"] | None,
+        Parameter(help="Of pixels' classes; dice: both. As published if left out."),
+    ] = None,
+    class_weights: Annotated[
+        Literal["none", "balanced"], Parameter(help="balanced: rare classes count as much as common ones.")
+    ] = "none",
+    as_published: Annotated[
+        bool, Parameter(show_default=False, help="Fill bands as OlmoEarth's evaluation does, where it differs.")
+    ] = False,
     patch_m: Annotated[float | None, Parameter(help="Side of a patch in metres; four pixels if left out.")] = None,
     modalities: ModalityNames | None = None,
     limit: Annotated[int | None, Parameter(help="At most so many samples of each split, for a first look.")] = None,
@@ -55,22 +77,30 @@ def evaluate(
     """Compare models on labelled data sets by probes of their frozen features. A stopped run goes on where it was."""
     from panterra.commands.evaluate import HEADINGS, parse_benchmarks, refuse_failures, run_evaluate, table_of
     from panterra.commands.terminal import note, show_json, show_table
+    from panterra.errors import InputError
     from panterra.evaluate.suite import Plan, Row
     from panterra.evaluate.sweep import RATES
 
     sweep = sweep or []
+    if normalisation and "normalisation" in sweep:
+        raise InputError("--sweep normalisation chooses between model and dataset; leave it or --normalisation out")
     plan = Plan(
         models=tuple(models),
         benchmarks=parse_benchmarks(benchmarks),
         protocols=tuple(protocols),
         fractions=tuple(fractions),
+        subsets=subsets,
         seeds=tuple(seeds),
-        normalisations=("model", "dataset") if "normalisation" in sweep else (),
+        normalisations=("model", "dataset") if "normalisation" in sweep else tuple(normalisation or ()),
+        compressions=tuple(compress) if compress else ("none",),
         poolings=("mean", "max") if "pooling" in sweep else ("mean",),
         rates=tuple(rates) if rates else RATES,
         published_rate=published_rate,
         epochs=epochs,
         batch=batch,
+        loss=loss,
+        class_weights=class_weights,
+        as_published=as_published,
         patch_m=patch_m,
         modalities=tuple(modalities) if modalities else None,
         limit=limit,

@@ -15,7 +15,10 @@ def fetch(
     *,
     out: Annotated[Path | None, Parameter(help="Folder of the scene.")] = None,
     aoi: Annotated[
-        str | None, Parameter(help="What to cover: a vector file, or west,south,east,north in degrees.")
+        str | None,
+        Parameter(
+            help="What to cover: a vector file, or west,south,east,north in degrees; over the antimeridian west > east."
+        ),
     ] = None,
     dates: Annotated[
         list[str] | None,

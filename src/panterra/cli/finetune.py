@@ -69,6 +69,9 @@ def finetune(
     class_weights: Annotated[
         Literal["none", "balanced"], Parameter(help="balanced: rare classes count as much as common ones.")
     ] = "none",
+    loss: Annotated[
+        Literal["cross_entropy", "dice"], Parameter(help="Of a segmentation; dice: both, for classes that are small.")
+    ] = "cross_entropy",
     label_smoothing: Annotated[float, Parameter(help="Share of each label spread over all classes.")] = 0.0,
     augment: Annotated[bool, Parameter(negative="--no-augment", help="Flip, turn, leave out dates, add noise.")] = True,
     precision: Annotated[Literal["float32", "bfloat16"], Parameter(help="bfloat16: faster where there is it.")] = (
@@ -98,6 +101,7 @@ def finetune(
         rank=rank,
         alpha=2.0 * rank,
         class_weights=class_weights,
+        loss=loss,
         label_smoothing=label_smoothing,
         augmentation=Augmentation() if augment else NONE,
         precision=precision,

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from panterra.cli.options import (
     Country,
+    CrsCode,
     Json,
     ModalityNames,
     OverlapPx,
@@ -26,15 +27,16 @@ def plan(
     /,
     *,
     aoi: Annotated[
-        str | None, Parameter(help="Imagery to fetch: a vector file, or west,south,east,north in degrees.")
+        str | None,
+        Parameter(help="Vector file, or west,south,east,north in degrees: of the scene, or else of imagery to fetch."),
     ] = None,
-    dates: Annotated[str | None, Parameter(help="With --aoi: a span such as 2024-01/2024-12.")] = None,
+    dates: Annotated[str | None, Parameter(help="To fetch: a span such as 2024-01/2024-12.")] = None,
     source: Annotated[
         list[str] | None,
-        Parameter(consume_multiple=True, help="With --aoi: as in panterra fetch; planetary-computer if left out."),
+        Parameter(consume_multiple=True, help="To fetch: as in panterra fetch; planetary-computer if left out."),
     ] = None,
     every: Annotated[
-        Literal["month", "season", "year", "all"], Parameter(help="With --aoi: the span that one image stands for.")
+        Literal["month", "season", "year", "all"], Parameter(help="To fetch: the span that one image stands for.")
     ] = "month",
     model: Annotated[str | None, Parameter(help="A name (see: panterra models), or a folder.")] = None,
     probe: Annotated[
@@ -48,6 +50,7 @@ def plan(
     window_px: WindowPx | None = None,
     overlap_px: OverlapPx | None = None,
     tile_px: TilePx | None = None,
+    crs: CrsCode | None = None,
     country: Country | None = None,
     prices: Annotated[Path | None, Parameter(help="A price list in JSON: see docs/planning.md.")] = None,
     measure: Annotated[
@@ -61,12 +64,16 @@ def plan(
     from panterra.mapping.plan import plan_map, read_prices
     from panterra.models.weights import load_model
 
-    if (scene is None) == (aoi is None):
+    if scene is None and aoi is None:
         raise InputError("say what to plan: a scene, or an area with --aoi")
+    if scene is not None and (dates or source):
+        raise InputError("--dates and --source choose imagery to fetch; leave them out, or the scene")
     planned = plan_map(
         scene if scene is not None else find_imagery(str(aoi), dates, modalities or [], source or [], every),
         model=load_model(model, random=random) if model else None,
         probe=probe,
+        crs=crs,
+        aoi=aoi if scene is not None else None,
         patch_m=patch_m,
         modalities=modalities,
         window_px=window_px,

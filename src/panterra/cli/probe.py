@@ -26,6 +26,10 @@ def probe(
     split: Annotated[Literal["blocks", "random"], Parameter(help="Random flatters: neighbours look alike.")] = "blocks",
     block_m: BlockM = 500,
     folds: Annotated[int, Parameter(help="Rounds of testing, each on other blocks.")] = 5,
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        Parameter(help="Logistic: balanced lets rare classes count as much as common ones."),
+    ] = "none",
     seed: int = 42,
     model: Annotated[str | None, Parameter(help="Where the source is a scene: the model to embed it with.")] = None,
     random: RandomSeed = None,
@@ -40,7 +44,15 @@ def probe(
     store = as_embeddings(source, beside=out, model=model, random=random, patch_m=patch_m)
     with recorded("probe", model=model):
         fitted = fit_to_labels(
-            store, labels, column=column, kind=kind, split=split, block_m=block_m, folds=folds, seed=seed
+            store,
+            labels,
+            column=column,
+            kind=kind,
+            split=split,
+            block_m=block_m,
+            folds=folds,
+            seed=seed,
+            class_weights=class_weights,
         )
     fitted.probe.save(out)
     report = fitted.report

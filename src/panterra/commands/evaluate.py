@@ -20,6 +20,7 @@ COLUMNS = (
     "protocol",
     "model",
     "fraction",
+    "subset",
     "labels",
     "tested",
     "seed",
@@ -31,8 +32,12 @@ COLUMNS = (
     "rate",
     "epoch",
     "batch",
+    "loss",
+    "class_weights",
     "neighbours",
     "features",
+    "compression",
+    "bytes",
     "pooling",
     "normalisation",
     "patch_m",
@@ -96,7 +101,7 @@ def table_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         shown.append(
             (
                 row.benchmark,
-                row.protocol,
+                row.protocol + (f", {row.compression}" if row.compression != "none" else ""),
                 row.model,
                 f"{row.labels}",
                 f"{row.seed}",
@@ -143,6 +148,16 @@ def _settings(plan: Plan) -> dict[str, str]:
         "Shares of the training samples": ", ".join(f"{f:g}" for f in plan.fractions),
         "Seeds": ", ".join(map(str, plan.seeds)),
     }
+    if any(f < 1 for f in plan.fractions):
+        facts["Which training samples"] = plan.subsets
+    if plan.compressions != ("none",):
+        facts["Compression of the features"] = ", ".join(plan.compressions)
+    if plan.loss is not None:
+        facts["Loss of pixels' classes"] = plan.loss
+    if plan.class_weights != "none":
+        facts["Class weights"] = plan.class_weights
+    if plan.as_published:
+        facts["Bands"] = "filled as in OlmoEarth's evaluation"
     if plan.limit is not None:
         facts["Samples of a split"] = f"at most {plan.limit}"
     return facts

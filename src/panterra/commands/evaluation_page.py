@@ -27,9 +27,17 @@ METRICS = {
     "rmse": "RMSE",
     "mae": "MAE",
     "r2": "R²",
+    "macro_accuracy": "Macro accuracy",
+    "f1_class_1": "F1 of the second class",
     "average_precision": "Average precision",
 }
-PROTOCOL_NAMES = {"knn": "kNN", "linear": "linear probe", "attention": "attention probe", "anysat": "AnySat's probe"}
+PROTOCOL_NAMES = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "interpolate": "interpolating probe",
+    "attention": "attention probe",
+    "anysat": "AnySat's probe",
+}
 WIDTH, LABELS, RIGHT = 540, 210, 64
 LINE_PX = 22
 
@@ -39,7 +47,8 @@ class Point:
     """A score, averaged over seeds."""
 
     model: str
-    protocol: str
+    judged: str
+    """By which protocol, of which features."""
     fraction: float
     labels: int
     estimate: float
@@ -53,14 +62,14 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
     together: dict[tuple[str, str, float], list[Row]] = {}
     for row in rows:
         if row.score is not None:
-            together.setdefault((row.model, row.protocol, row.fraction), []).append(row)
+            together.setdefault((row.model, judged(row), row.fraction), []).append(row)
     points = []
-    for (model, protocol, fraction), same in together.items():
+    for (model, how, fraction), same in together.items():
         scores = [row.score for row in same if row.score is not None]
         points.append(
             Point(
                 model=model,
-                protocol=protocol,
+                judged=how,
                 fraction=fraction,
                 labels=round(float(np.mean([row.labels for row in same]))),
                 estimate=float(np.mean([s.estimate for s in scores])),
@@ -70,6 +79,12 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
             )
         )
     return points
+
+
+def judged(row: Row) -> str:
+    """Say by which protocol a row is judged, and of which features."""
+    name = PROTOCOL_NAMES[row.protocol]
+    return name if row.compression == "none" else f"{name}, {row.compression}"
 
 
 def write_page(path: Path, rows: Sequence[Row], *, settings: Mapping[str, str]) -> Path:
@@ -137,12 +152,12 @@ def _summary(by_benchmark: Mapping[str, Sequence[Row]], models: Sequence[str]) -
     for benchmark, rows in by_benchmark.items():
         most, metric = max(row.fraction for row in rows), rows[0].metric
         points = points_of(row for row in rows if row.fraction == most)
-        for protocol in dict.fromkeys(p.protocol for p in points):
-            mine = {p.model: p for p in points if p.protocol == protocol}
+        for how in dict.fromkeys(p.judged for p in points):
+            mine = {p.model: p for p in points if p.judged == how}
             top = max(better(metric, p.estimate) for p in mine.values())
             cells = "".join(_summary_cell(mine.get(m), metric, top) for m in models)
             lines.append(
-                f'<tr><th scope="row">{escape(benchmark)}</th><td class="text">{PROTOCOL_NAMES[protocol]}</td>'
+                f'<tr><th scope="row">{escape(benchmark)}</th><td class="text">{how}</td>'
                 f'<td class="text">{METRICS[metric]}</td>{cells}</tr>'
             )
     head = "".join(f'<th scope="col">{escape(m)}</th>' for m in models)
@@ -174,15 +189,15 @@ def _dots(benchmark: str, rows: Sequence[Row], colours: Mapping[str, str]) -> st
     """Draw one line per protocol and model at the largest share of labels."""
     most = max(row.fraction for row in rows)
     points = points_of(row for row in rows if row.fraction == most)
-    protocols = list(dict.fromkeys(p.protocol for p in points))
+    ways = list(dict.fromkeys(p.judged for p in points))
     metric = rows[0].metric
     low, high = _span([v for p in points for v in (p.low, p.estimate, p.high)], metric)
     along = _axis(low, high, LABELS, WIDTH - RIGHT)
     marks, y = [], -4.0
-    for protocol in protocols:
+    for how in ways:
         y += LINE_PX + 4
-        marks.append(f'<text class="quiet" x="0" y="{y:.0f}">{escape(PROTOCOL_NAMES[protocol])}</text>')
-        for p in (p for p in points if p.protocol == protocol):
+        marks.append(f'<text class="quiet" x="0" y="{y:.0f}">{escape(how)}</text>')
+        for p in (p for p in points if p.judged == how):
             y += LINE_PX - 2
             marks.append(
                 f'<text x="14" y="{y:.0f}">{escape(_short(p.model, 30))}</text>'
@@ -195,7 +210,7 @@ def _dots(benchmark: str, rows: Sequence[Row], colours: Mapping[str, str]) -> st
         f'<text class="axis" x="{along(t):.1f}" y="{height - 6:.0f}" text-anchor="middle">{t:g}</text>'
         for t in _ticks(low, high)
     )
-    said = "; ".join(f"{p.model}, {PROTOCOL_NAMES[p.protocol]}: {figure(p.estimate)}" for p in points)
+    said = "; ".join(f"{p.model}, {p.judged}: {figure(p.estimate)}" for p in points)
     arrow = "less is better" if metric in LOWER_IS_BETTER else "more is better"
     return (
         f'<div class="chart"><h3>{escape(benchmark)} <span>{METRICS[metric]}, {arrow}</span></h3>\n'
@@ -220,10 +235,10 @@ def _whisker(along: Callable[[float], float], p: Point, y: float, colour: str) -
 def _curves(by_benchmark: Mapping[str, Sequence[Row]], colours: Mapping[str, str]) -> str:
     charts = []
     for benchmark, rows in by_benchmark.items():
-        for protocol in dict.fromkeys(row.protocol for row in rows):
-            points = points_of(row for row in rows if row.protocol == protocol)
+        for how in dict.fromkeys(judged(row) for row in rows):
+            points = points_of(row for row in rows if judged(row) == how)
             if len({p.fraction for p in points}) > 1:
-                charts.append(_curve(benchmark, protocol, rows[0].metric, points, colours))
+                charts.append(_curve(benchmark, how, rows[0].metric, points, colours))
     if not charts:
         return ""
     return (
@@ -233,7 +248,7 @@ def _curves(by_benchmark: Mapping[str, Sequence[Row]], colours: Mapping[str, str
     )
 
 
-def _curve(benchmark: str, protocol: str, metric: str, points: Sequence[Point], colours: Mapping[str, str]) -> str:
+def _curve(benchmark: str, how: str, metric: str, points: Sequence[Point], colours: Mapping[str, str]) -> str:
     height, left, bottom = 250, 52, 34
     low, high = _span([v for p in points for v in (p.low, p.estimate, p.high)], metric)
     counts = sorted({p.labels for p in points})
@@ -262,7 +277,7 @@ def _curve(benchmark: str, protocol: str, metric: str, points: Sequence[Point], 
         drawn += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.8" fill="{colour}"/>' for a, b in line]
     said = "; ".join(f"{p.model} with {p.labels} samples: {figure(p.estimate)}" for p in points)
     return (
-        f'<div class="chart"><h3>{escape(benchmark)} <span>{PROTOCOL_NAMES[protocol]}, {METRICS[metric]}</span></h3>\n'
+        f'<div class="chart"><h3>{escape(benchmark)} <span>{escape(how)}, {METRICS[metric]}</span></h3>\n'
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(said, quote=True)}">{grid}{"".join(drawn)}'
         f'<text class="axis" x="{(left + WIDTH) / 2:.0f}" y="{height}" text-anchor="middle">training samples</text>'
         "</svg></div>"
@@ -343,7 +358,7 @@ def _table(rows: Sequence[Row]) -> str:
             f"{METRICS[name]} {figure(i.estimate)}" for name, i in row.figures.items() if name != row.metric
         )
         cells.append(
-            f'<tr><th scope="row">{escape(row.benchmark)}</th><td class="text">{PROTOCOL_NAMES[row.protocol]}</td>'
+            f'<tr><th scope="row">{escape(row.benchmark)}</th><td class="text">{escape(judged(row))}</td>'
             f'<td class="text">{escape(row.model)}</td><td>{row.labels:,}</td><td>{row.seed}</td>'
             f'<td>{METRICS[row.metric]} {figure(score.estimate)} <span class="range">{figure(score.low)}–'
             f'{figure(score.high)}</span></td><td class="text">{escape(others)}</td>'
@@ -363,9 +378,15 @@ def choice(row: Row) -> str:
     said = []
     if "rate" in about:
         said.append(f"rate {about['rate']:g}, epoch {about['epoch']}")
+    if about.get("loss") == "dice":
+        said.append("Dice and cross-entropy")
+    if about.get("class_weights", "none") != "none":
+        said.append(f"{about['class_weights']} classes")
     if "neighbours" in about:
         said.append(f"{about['neighbours']} neighbours")
     said.append(f"{about['features']} ({about['pooling']})")
+    if row.subset:
+        said.append(f"{row.subset} subset")
     said.append(f"{about['normalisation']} statistics")
     said.append(f"{about['patch_m']:g} m patches of {', '.join(about['modalities'])}")
     return "; ".join(said)

@@ -10,6 +10,7 @@ from typing import Any
 from panterra.commands.terminal import progress_bar, show_table
 from panterra.energy import recorded
 from panterra.errors import InputError
+from panterra.imagery.aoi import Area
 from panterra.imagery.providers import find_provider
 from panterra.imagery.pull import Pulled, Stage, list_pull, pull
 from panterra.imagery.stac import Scene
@@ -88,6 +89,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "modality": image.modality,
             "date": image.date,
             "source": image.provider.name,
+            "grid": _grid(image.area),
             "bytes": plan.bytes_of(image),
             "items": [
                 {"id": c.item.id, "date": c.item.date, "cloud": c.cloud, "covers": round(c.covers, 4)}
@@ -96,10 +98,15 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         }
         for image in plan.images
     ]
-    height, width = plan.area.box.shape
-    grid = {"crs": str(plan.area.box.crs), "bounds": tuple(plan.area.box.boundingbox), "shape": [height, width]}
     total = sum(plan.bytes_of(image) for image in plan.images)
-    return {"grid": grid, "images": images, "bytes": total, "decisions": plan.decisions}
+    return {"grid": _grid(plan.area), "images": images, "bytes": total, "decisions": plan.decisions}
+
+
+def _grid(area: Area) -> dict[str, Any]:
+    crs, (height, width) = area.box.crs, area.box.shape
+    assert crs is not None
+    name = f"EPSG:{crs.epsg}" if crs.epsg else crs.to_wkt()
+    return {"crs": name, "bounds": tuple(area.box.boundingbox), "shape": [height, width]}
 
 
 def show_plan(plan: Plan) -> None:
@@ -112,9 +119,9 @@ def show_plan(plan: Plan) -> None:
         for c in image.candidates
     ]
     show_table(["image", "date", "item", "clouds", "covers"], rows)
-    height, width = plan.area.box.shape
     total = sum(plan.bytes_of(image) for image in plan.images)
+    grids = " and ".join(f"{p.box.shape.x} x {p.box.shape.y} pixels of 10 m in {p.box.crs}" for p in plan.area.parts)
     print(
-        f"{len(rows)} items for {len(plan.images)} images of {width} x {height} pixels of 10 m in {plan.area.box.crs}; "
+        f"{len(rows)} items for {len(plan.images)} images of {grids}; "
         f"about {total / 1e6:,.1f} MB before compression. Nothing was fetched."
     )

@@ -18,14 +18,16 @@ from panterra.commands.pretrain_anysat import (
     run_anysat,
     show_anysat_plan,
 )
+from panterra.commands.pretrain_nano import NanoPlan, dry_run_nano, list_nano, run_nano, show_nano_plan
 from panterra.commands.terminal import show_table
 from panterra.data.olmoearth_h5 import open_corpus
 from panterra.energy import recorded
 from panterra.errors import InputError
-from panterra.recipes import ABLATED, ABLATIONS, RECIPES, recipe
+from panterra.recipes import ABLATED, ABLATIONS, RECIPES, Recipe, recipe
 from panterra.recipes.anysat import AnySatRecipe
 from panterra.recipes.anysat_plan import AnySatPlan
 from panterra.recipes.checks import read_labelled
+from panterra.recipes.nano import NanoRecipe, nano_run
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 from panterra.recipes.overrides import check, override
 from panterra.recipes.plan import (
@@ -44,7 +46,7 @@ from panterra.recipes.run import make_run, write_card
 from panterra.train.loop import Options, TrainResult, export, train
 
 
-def configured(name: str, changes: Sequence[str], *, precision: str | None = None) -> OlmoEarthRecipe | AnySatRecipe:
+def configured(name: str, changes: Sequence[str], *, precision: str | None = None) -> Recipe:
     """Give a recipe with a person's changes, checked."""
     changed = override(recipe(name), [*changes, *([f"precision={precision}"] if precision else [])])
     check(changed)
@@ -52,7 +54,7 @@ def configured(name: str, changes: Sequence[str], *, precision: str | None = Non
 
 
 def run_pretrain(
-    settings: OlmoEarthRecipe | AnySatRecipe,
+    settings: Recipe,
     data: Sequence[str | Path],
     out: Path,
     *,
@@ -65,6 +67,12 @@ def run_pretrain(
     with recorded("pretrain", model=settings.name, country=options.country) if first else nullcontext():
         if isinstance(settings, OlmoEarthRecipe):
             return _run_olmoearth(settings, data, out, labelled, check_every, options)
+        if isinstance(settings, NanoRecipe):
+            if data or labelled is not None:
+                raise InputError(
+                    f"{settings.name} draws the places that it learns from; leave out --data and --labelled"
+                )
+            return run_nano(settings, out, options)
         if labelled is not None:
             raise InputError("nearest neighbours on the way are for OlmoEarth's runs; leave out --labelled")
         return run_anysat(settings, [str(path) for path in data], out, options)
@@ -95,7 +103,7 @@ def _run_olmoearth(
 
 
 def export_checkpoint(
-    settings: OlmoEarthRecipe | AnySatRecipe,
+    settings: Recipe,
     data: Sequence[str | Path],
     out: Path,
     folder: Path,
@@ -103,6 +111,8 @@ def export_checkpoint(
     step: int | None = None,
 ) -> Path:
     """Write the model of a run's newest checkpoint, or of that after `step`, to a folder."""
+    if isinstance(settings, NanoRecipe):
+        return export(nano_run(settings, out), out, folder, step=step)
     if isinstance(settings, AnySatRecipe):
         return export_anysat(settings, [str(path) for path in data], out, folder, step=step)
     return export(make_run(settings, [open_corpus(path) for path in data], check_every=0), out, folder, step=step)
@@ -114,7 +124,7 @@ def is_first_rank() -> bool:
 
 
 def dry_run(
-    settings: OlmoEarthRecipe | AnySatRecipe,
+    settings: Recipe,
     data: Sequence[str | Path],
     *,
     ranks: int = 1,
@@ -123,12 +133,14 @@ def dry_run(
     tflops: float | None = None,
     watts: float | None = None,
     country: str | None = None,
-) -> Plan | AnySatPlan:
+) -> Plan | AnySatPlan | NanoPlan:
     """Count a run; without corpora, one over the published corpus or data sets.
 
     `tflops` and `watts` are those of one rank. Without `tflops` this machine is measured; what it draws is only known
     for itself, so that a given speed without given watts leaves the energy open.
     """
+    if isinstance(settings, NanoRecipe):
+        return dry_run_nano(settings)
     if isinstance(settings, AnySatRecipe):
         return dry_run_anysat(settings, [str(path) for path in data], ranks=ranks)
     corpora = [open_corpus(folder) for folder in data]
@@ -164,7 +176,7 @@ def list_recipes() -> dict[str, list[dict[str, Any]]]:
         }
         for ablation, change in ABLATIONS.items()
     ]
-    return {"runs": runs, "ablations": ablations, "anysat": list_anysat()}
+    return {"nano": list_nano(), "runs": runs, "ablations": ablations, "anysat": list_anysat()}
 
 
 def _first_line(function: Callable[..., object]) -> str:
@@ -173,6 +185,8 @@ def _first_line(function: Callable[..., object]) -> str:
 
 def show_recipes(listed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Print the runs, then the ablations."""
+    for row in listed["nano"]:
+        print(f"{row['name']}: {row['about']}\n")
     rows = []
     for run in listed["runs"]:
         settings, parameters = run["recipe"], run["parameters"]
@@ -202,8 +216,11 @@ def show_recipes(listed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     )
 
 
-def show_plan(plan: Plan | AnySatPlan) -> None:
+def show_plan(plan: Plan | AnySatPlan | NanoPlan) -> None:
     """Print a run as it would be."""
+    if isinstance(plan, NanoPlan):
+        show_nano_plan(plan)
+        return
     if isinstance(plan, AnySatPlan):
         show_anysat_plan(plan)
         return
@@ -216,6 +233,11 @@ def show_plan(plan: Plan | AnySatPlan) -> None:
             ("encoder", encoder.dim, encoder.depth, encoder.heads, f"{plan.parameters['encoder']:,}"),
             ("predictor", predictor.dim, predictor.depth, predictor.heads, f"{plan.parameters['predictor']:,}"),
             ("teacher (not trained)", encoder.dim, "", "", f"{plan.parameters['teacher']:,}"),
+            *(
+                (name, encoder.dim, "", "", f"{count:,}")
+                for name, count in plan.parameters.items()
+                if name == "reconstructor"
+            ),
         ],
     )
     print(f"\nCorpus: {facts.samples:,} samples of {facts.tile_px} px, {settings.held_out} of them held out\n")

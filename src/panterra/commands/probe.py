@@ -11,6 +11,7 @@ import numpy as np
 
 from panterra.commands.terminal import note, progress_bar
 from panterra.errors import InputError
+from panterra.evaluate.class_weights import ClassWeights
 from panterra.evaluate.probes import FeatureSource, Kind, Probe, Report, fit_probe
 from panterra.evaluate.splits import spatial_blocks
 from panterra.imagery.labels import LabelSamples, read_labels, sample_labels
@@ -57,6 +58,7 @@ def fit_to_labels(
     folds: int,
     seed: int,
     colours: Mapping[str, Colour] | None = None,
+    class_weights: ClassWeights = "none",
 ) -> Fitted:
     """Fit a probe to the patches under labels; blocks of side `block_m` are learned or tested as a whole.
 
@@ -91,6 +93,7 @@ def fit_to_labels(
         split=split,
         block_m=block_m if split == "blocks" else None,
         folds=folds,
+        class_weights=class_weights,
         names={int(code): known.names[code - 1] for code in present},
         colours={int(code): tint.get(known.names[code - 1], known.colours[code - 1]) for code in present},
         source=FeatureSource(

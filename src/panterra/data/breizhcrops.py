@@ -17,8 +17,8 @@ from panterra.sample import Batch, to_days
 
 CARD = DATASETS["breizhcrops"]
 REGIONS = {"train": ("frh01", "frh02"), "valid": ("frh03",), "test": ("frh04",)}
-BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
-"""Level 1C; three quality bands and the time follow."""
+BANDS = ("B01", "B10", "B11", "B12", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09")
+"""Level 1C, in the alphabetical order of their published names (B1, B10, ...); quality bands and the time follow."""
 TIME = 16
 DAY_NS = 86_400 * 10**9
 

@@ -63,6 +63,8 @@ from panterra.imagery.stac import SCENE_FILE, Scene, open_scene
 from panterra.modalities import MODALITIES
 
 CELL_PX = 256
+CHUNK_PX = 32
+"""Side of the squares that corpora are stored in, of which a crop reads those it needs."""
 OSM = "openstreetmap_raster"
 MADE_ON_READING = ("ndvi", "worldcover_onehot")
 SAME_TIME_DAYS = 180
@@ -678,7 +680,13 @@ def _conclude(root: Path, job: Job, plan: Plan) -> None:
             # What an interrupted run has left here is not whole, or will come out the same.
             shutil.rmtree(root / split, ignore_errors=True)
             stored = _stored_samples(root, dict.fromkeys(window for window, _ in members), across)
-            folder = write_corpus(root / split, stored, tiles_per_sample=across**2, compression=job.compression)
+            folder = write_corpus(
+                root / split,
+                stored,
+                tiles_per_sample=across**2,
+                compression=job.compression,
+                chunk_px=CHUNK_PX,
+            )
             corpora[split] = str(folder.relative_to(root))
     _write_table(
         root / "windows.csv",

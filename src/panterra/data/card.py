@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,9 +89,17 @@ class DatasetCard:
 
     def open(self, root: str | Path, split: str, **options: Any) -> LabelledSet:
         """Open one split of a download."""
-        module, function = self.opener.split(":")
-        opened: LabelledSet = getattr(import_module(module), function)(root, split, **{**self.options, **options})
+        opened: LabelledSet = self._opener()(root, split, **{**self.options, **options})
         return opened
+
+    def takes(self, option: str) -> bool:
+        """Say whether the reader knows an option."""
+        return option in signature(self._opener()).parameters
+
+    def _opener(self) -> Callable[..., LabelledSet]:
+        module, function = self.opener.split(":")
+        found: Callable[..., LabelledSet] = getattr(import_module(module), function)
+        return found
 
 
 def check_split(card: DatasetCard, split: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from panterra.data import cards_anysat, cards_geobench, cards_olmoearth, cards_rslearn
+from panterra.data import cards_anysat, cards_eurosat, cards_geobench, cards_olmoearth, cards_rslearn
 from panterra.data.card import IGNORE, UNDATED, DatasetCard, LabelledSample, LabelledSet, Task, check_split
 from panterra.errors import InputError
 
@@ -37,6 +37,6 @@ def card_of(name: str) -> DatasetCard:
 
 DATASETS: dict[str, DatasetCard] = {
     card.name: card
-    for cards in (cards_anysat.CARDS, cards_geobench.CARDS, cards_olmoearth.CARDS, cards_rslearn.CARDS)
-    for card in cards
+    for cards in (cards_anysat, cards_geobench, cards_olmoearth, cards_rslearn, cards_eurosat)
+    for card in cards.CARDS
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -137,11 +139,13 @@ def write_corpus(
     compression: str | None = "zstd",
     level: int | None = 3,
     shuffle: bool | None = None,
+    chunk_px: int | None = None,
 ) -> Path:
     """Write samples in the published layout and return their folder, which appears when all is written.
 
-    `compression` is "zstd" (as published, level 3), "gzip" or None. `tiles_per_sample` is only named in the path: how
-    many samples each 2.56 km tile was cut into.
+    `chunk_px` stores images in squares of that many pixels of the common grid, of which a crop reads those it needs;
+    None stores each in one piece, as published. `compression` is "zstd" (as published, level 3), "gzip" or None.
+    `tiles_per_sample` is only named in the path: how many samples each 2.56 km tile was cut into.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -151,7 +155,7 @@ def write_corpus(
         held: list[set[str]] = []
         places, side = [], 0
         for index, sample in enumerate(samples):
-            _write_sample(fresh / f"sample_{index}.h5", sample, options)
+            _write_sample(fresh / f"sample_{index}.h5", sample, options, chunk_px)
             held.append(set(sample.pixels))
             places.append(sample.latlon)
             side = max(side, *(_side(m, x) for m, x in sample.pixels.items()))
@@ -204,7 +208,7 @@ def _compression(name: str | None, level: int | None, shuffle: bool | None) -> d
     return options | ({"compression": "gzip", "compression_opts": level} if name else {})
 
 
-def _write_sample(path: Path, sample: Sample, options: Mapping[str, Any]) -> None:
+def _write_sample(path: Path, sample: Sample, options: Mapping[str, Any], chunk_px: int | None) -> None:
     present = {m: sample.present.get(m, np.ones(LENGTH, dtype=bool)) for m in _series(sample.pixels)}
     for m, x in sample.pixels.items():
         wanted = int(present[m].sum()) if m in present else (1 if MODALITIES[m].kind == "still" else LENGTH)
@@ -218,7 +222,9 @@ def _write_sample(path: Path, sample: Sample, options: Mapping[str, Any]) -> Non
         file.create_dataset("latlon", data=np.asarray(sample.latlon, dtype=np.float32))
         file.create_dataset("timestamps", data=np.asarray(sample.timestamps))
         for m, x in sample.pixels.items():
-            file.create_dataset(m, data=x, chunks=x.shape, **options)
+            side = chunk_px * _factor(m) if chunk_px and x.ndim == 4 else max(x.shape)
+            chunks = (*(min(side, n) for n in x.shape[:2]), *x.shape[2:])
+            file.create_dataset(m, data=x, chunks=chunks, **options)
         group = file.create_group(_PRESENCE)
         for m, which in present.items():
             group.create_dataset(m, data=which.astype(bool))
@@ -409,29 +415,39 @@ def _read(
     out = np.full((dates, bands) if kind == "weather" else (side, side, dates, bands), MISSING, dtype=np.float32)
     if stored is None:
         return torch.from_numpy(out)
-    if _needs_zstd(stored):
-        raise InputError(f"{stored.file.filename} is compressed with zstd; install the package hdf5plugin to read it")
     last = window.first + window.dates
     if kind == "weather":
-        part = stored[window.first : last]
+        part = _part(stored, slice(window.first, last))
         out[: len(part)] = part
         return torch.from_numpy(out)
     rows = slice(window.row * factor, window.row * factor + side)
     cols = slice(window.col * factor, window.col * factor + side)
     if present is None:
-        out[:] = stored[rows, cols]
+        out[:] = _part(stored, rows, cols)
         return torch.from_numpy(out)
     # Only dates that are there are stored, so the window's are neighbours in the file.
     before, here = int(present[: window.first].sum()), present[window.first : last]
-    out[:, :, : len(here)][:, :, here] = stored[rows, cols, before : before + int(here.sum())]
+    out[:, :, : len(here)][:, :, here] = _part(stored, rows, cols, slice(before, before + int(here.sum())))
     return torch.from_numpy(out)
 
 
-def _needs_zstd(stored: h5py.Dataset) -> bool:
-    if h5py.h5z.filter_avail(ZSTD_FILTER):
-        return False
+def _part(stored: h5py.Dataset, rows: slice, *others: slice) -> np.ndarray:
+    """Read some rows, and what is asked for of them.
+
+    What is stored as published, in one piece compressed by zstd, is decompressed to the last of the rows alone.
+    """
     plan = stored.id.get_create_plist()
-    return ZSTD_FILTER in {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
+    filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+    if filters == [ZSTD_FILTER] and stored.chunks == stored.shape:
+        left_out, piece = stored.id.read_direct_chunk((0,) * stored.ndim)
+        if not left_out:
+            shape = (min(rows.stop, len(stored)), *stored.shape[1:])
+            size = math.prod(shape) * stored.dtype.itemsize
+            whole = pa.CompressedInputStream(pa.BufferReader(piece), "zstd").read(size)
+            return np.frombuffer(whole, stored.dtype).reshape(shape)[(rows, *others)]
+    if ZSTD_FILTER in filters and not h5py.h5z.filter_avail(ZSTD_FILTER):
+        raise InputError(f"{stored.file.filename} is compressed with zstd; install the package hdf5plugin to read it")
+    return np.asarray(stored[(rows, *others)])
 
 
 def _derive(raw: Mapping[str, Float[Tensor, "*grid c"]], modality: str) -> Float[Tensor, "*grid c"]:

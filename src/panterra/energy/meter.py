@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import threading
 import time
@@ -31,7 +32,8 @@ class EnergyReport:
     kwh: float
     seconds: float
     method: Literal["measured", "modelled"]
-    """measured: counters of the whole machine, other jobs included; modelled: this process alone, by constants."""
+    """measured: counters of the whole machine, other jobs included; modelled: this process and the workers that told
+    what they use, by constants. Where workers are on other machines, their part is modelled."""
     detail: str
     co2e_kg: float | None = None
     """Of this electricity alone; None where neither a country nor an intensity was given. See `impact_of` for more."""
@@ -40,7 +42,7 @@ class EnergyReport:
     kwh_range: tuple[float, float] | None = None
     """Where modelled: with cores that draw little and much, see `CORE_W_RANGE`."""
     core_seconds: float = 0.0
-    """Processor time of this process and its finished children."""
+    """Processor time of this process, its finished children and the workers that told theirs."""
     gpus: int = 0
     """GPUs in use."""
     peak_memory_gb: float = 0.0
@@ -77,6 +79,28 @@ class EnergyReport:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a worker, a process of its own, has used since it started."""
+
+    machine: str
+    process: int
+    seconds: float
+    core_seconds: float
+    memory_gb: float
+
+    @classmethod
+    def since(cls, start: float) -> Usage:
+        """Tell what this process has used, which works since a reading of `time.perf_counter`."""
+        return cls(
+            machine=platform.node(),
+            process=os.getpid(),
+            seconds=time.perf_counter() - start,
+            core_seconds=sum(_cpu_seconds()),
+            memory_gb=peak_memory_gb(),
+        )
+
+
 class EnergyMeter:
     """Measures from when it is made; holds the report once the measured block has ended."""
 
@@ -84,6 +108,7 @@ class EnergyMeter:
         self._grid = grid
         self._start, self._cpu, self._gpu = time.perf_counter(), _cpu_seconds(), _gpu_joules()
         self._counters = _Rapl()
+        self._workers: dict[tuple[str, int], Usage] = {}
         self._report: EnergyReport | None = None
 
     @property
@@ -91,16 +116,35 @@ class EnergyMeter:
         assert self._report is not None, "the report is there when the measured block has ended"
         return self._report
 
+    def tell(self, used: Usage) -> None:
+        """Count what a worker has used; the last that it told stands for all before."""
+        self._workers[used.machine, used.process] = used
+
     def so_far(self) -> EnergyReport:
         """Report on the block until now."""
-        seconds, busy = time.perf_counter() - self._start, _cpu_seconds() - self._cpu
-        memory_gb = peak_memory_gb()
-        joules, bounds = self._counters.joules(), None
-        measured, detail = joules is not None, "RAPL counters of the whole machine"
-        if joules is None:
-            memory = seconds * memory_gb * MEMORY_W_PER_GB
-            joules, bounds = busy * CORE_W + memory, [busy * watts + memory for watts in CORE_W_RANGE]
-            detail = f"{busy:.1f} core-seconds at {CORE_W:g} W, {memory_gb:.2f} GB at {MEMORY_W_PER_GB} W/GB"
+        seconds, memory_gb = time.perf_counter() - self._start, peak_memory_gb()
+        own, children = (now - before for now, before in zip(_cpu_seconds(), self._cpu, strict=True))
+        workers, here = list(self._workers.values()), platform.node()
+        away = [worker for worker in workers if worker.machine != here]
+        elsewhere = sum(worker.core_seconds for worker in away)
+        # Workers that were started from here are among the children once they have ended.
+        busy = own + max(children, sum(worker.core_seconds for worker in workers) - elsewhere) + elsewhere
+        counters = self._counters.joules()
+        measured = counters is not None
+        modelled = away if measured else workers
+        cores = elsewhere if measured else busy
+        held = sum(worker.memory_gb for worker in modelled) + (0 if measured else memory_gb)
+        gb_seconds = sum(worker.memory_gb * worker.seconds for worker in modelled)
+        memory = (gb_seconds + (0 if measured else memory_gb * seconds)) * MEMORY_W_PER_GB
+        known = counters or 0.0
+        joules, bounds = known + cores * CORE_W + memory, None
+        detail = "RAPL counters of the whole machine" if measured else "this process"
+        if modelled:
+            detail += f" and {len(modelled)} {'worker' if len(modelled) == 1 else 'workers'}"
+            detail += " on other machines" if measured else ""
+        if modelled or not measured:
+            bounds = [known + cores * watts + memory for watts in CORE_W_RANGE]
+            detail += f": {cores:.1f} core-seconds at {CORE_W:g} W, {held:.2f} GB at {MEMORY_W_PER_GB} W/GB"
         gpu = 0.0
         gpus = _num_gpus()
         if gpus:
@@ -116,7 +160,7 @@ class EnergyMeter:
         return EnergyReport(
             kwh=kwh,
             seconds=seconds,
-            method="measured" if measured else "modelled",
+            method="measured" if bounds is None else "modelled",
             detail=detail,
             co2e_kg=None if grid is None else kwh * grid.grams_per_kwh / 1000,
             country=None if grid is None else grid.country,
@@ -218,9 +262,10 @@ def _num_gpus() -> int:
     return int(torch.cuda.device_count()) if torch is not None and torch.cuda.is_initialized() else 0
 
 
-def _cpu_seconds() -> float:
+def _cpu_seconds() -> tuple[float, float]:
     """Return the processor time of this process, all threads, and of its finished children."""
-    return sum(os.times()[:4])
+    user, system, children_user, children_system, _ = os.times()
+    return user + system, children_user + children_system
 
 
 def peak_memory_gb() -> float:

@@ -19,6 +19,7 @@ from panterra.data.labelled import UNDATED, LabelledSample, LabelledSet, card_of
 from panterra.data.views import pass_off
 from panterra.errors import InputError
 from panterra.evaluate.embed import raw_band_statistics, raw_patch_statistics
+from panterra.evaluate.published_statistics import Statistics, published_statistics
 from panterra.evaluate.scoring import Task
 from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder, Features, Fitted, Tokens
@@ -30,7 +31,8 @@ from panterra.sample import Batch, Observation, collate, to_days
 RAW = "raw"
 Role = Literal["train", "val", "test"]
 Pooling = Literal["mean", "max"]
-Normalisation = Literal["model", "dataset"]
+Normalisation = Literal["model", "dataset", "published"]
+"""By whose statistics pixels are scaled: the model's own, those of the training samples, or published ones."""
 Kind = Literal["summary", "centre", "patches", "tokens", "dense"]
 ROLES: Mapping[Role, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -58,27 +60,34 @@ class Benchmark:
     task: Task
     class_names: tuple[str, ...]
     modalities: tuple[str, ...]
+    root: Path
     splits: Mapping[Role, LabelledSet]
     contents: Mapping[Role, str]
     """A checksum of the names, sizes and times of the files behind each."""
     note: str = ""
     """What is not as published, such as a validation split of our own."""
+    as_published: bool = False
+    """Whether bands are filled as OlmoEarth's evaluation does, where that is not what the sensors saw."""
 
 
-def open_benchmark(name: str, root: str | Path, *, limit: int | None = None, seed: int = 42) -> Benchmark:
+def open_benchmark(
+    name: str, root: str | Path, *, limit: int | None = None, seed: int = 42, as_published: bool = False
+) -> Benchmark:
     """Open a data set's splits; `limit` takes at most so many samples of each, drawn at random.
 
     A set without a test split is tested on what validates; a set without that gives up a fifth of its training samples.
+    Data sets whose reader knows only one way are the same with and without `as_published`.
     """
     card = card_of(name)
     if not Path(root).is_dir():
         raise InputError(f"there is no folder {root}; give {name}=FOLDER with a download of {card.title}")
     opened: dict[Role, LabelledSet] = {}
+    differs = as_published and card.takes("as_published")
     for role, names in ROLES.items():
         split = next((s for s in names if s in card.splits), None)
         if split is not None:
-            opened[role] = card.open(root, split)
-    notes = []
+            opened[role] = card.open(root, split, **({"as_published": True} if differs else {}))
+    notes = ["bands filled as published"] if differs else []
     if "train" not in opened:
         raise InputError(f"{card.title} has no split to learn from; known splits: {', '.join(card.splits)}")
     rng = np.random.default_rng(seed)
@@ -103,10 +112,12 @@ def open_benchmark(name: str, root: str | Path, *, limit: int | None = None, see
         name=name,
         task=train.task,
         class_names=train.class_names,
-        modalities=tuple(card.modalities),
+        modalities=tuple(train[0].batch.observations if differs else card.modalities),
+        root=Path(root),
         splits=opened,
-        contents={role: _content(s) for role, s in opened.items()},
+        contents={role: _content(s, as_published=differs) for role, s in opened.items()},
         note="; ".join(notes),
+        as_published=differs,
     )
 
 
@@ -114,8 +125,9 @@ def _some(labelled: LabelledSet, index: np.ndarray) -> LabelledSet:
     return replace(labelled, ids=[labelled.ids[i] for i in sorted(index.tolist())])
 
 
-def _content(labelled: LabelledSet) -> str:
-    digest = hashlib.sha256(f"{labelled.card.name} {labelled.split}".encode())
+def _content(labelled: LabelledSet, *, as_published: bool) -> str:
+    how = " as published" if as_published else ""
+    digest = hashlib.sha256(f"{labelled.card.name} {labelled.split}{how}".encode())
     seen: set[Path] = set()
     for id in labelled.ids:
         digest.update(id.encode() + b"\0")
@@ -220,9 +232,6 @@ def batches_of(labelled: LabelledSet, shown: Mapping[str, str]) -> Iterator[tupl
             waiting = []
 
 
-Statistics = Mapping[str, tuple[Float[Tensor, " c"], Float[Tensor, " c"]]]
-
-
 def band_statistics(batches: Iterable[Batch]) -> Statistics:
     """Give mean and standard deviation of each band over all valid pixels and dates, in one pass."""
     sums: dict[str, Tensor] = {}
@@ -240,16 +249,21 @@ def band_statistics(batches: Iterable[Batch]) -> Statistics:
     return found
 
 
-def normalised(batch: Batch, statistics: Statistics) -> Batch:
-    """Bring a batch to about 0 to 1 by a data set's own statistics, two standard deviations each way (OlmoEarth)."""
+def normalised(batch: Batch, statistics: Statistics, *, keep_zeros: bool = False) -> Batch:
+    """Bring a batch to about 0 to 1 by a data set's own statistics, two standard deviations each way (OlmoEarth).
+
+    With `keep_zeros` a sample's band that is 0 everywhere, as where a sensor lacks it, stays so.
+    """
     observations = {}
     for m, o in batch.observations.items():
-        mean, std = statistics[m]
+        mean, std = (part.to(o.pixels.device) for part in statistics[m])
         # A band that never changes carries nothing and is put in the middle.
         std = torch.where(std > 0, std, 1.0)
         scaled = normalize_bands(
             o.pixels.double().movedim(2, -1), SPREAD, mean=mean, std=std, low=mean, high=mean
         ).movedim(-1, 2)
+        if keep_zeros:
+            scaled = scaled.masked_fill((o.pixels == 0).all((1, 3, 4), keepdim=True), 0.0)
         observations[m] = Observation(pixels=scaled.float(), dates=o.dates, valid=o.valid)
     return replace(batch, observations=observations)
 
@@ -258,7 +272,7 @@ def normalisations(encoder: Encoder) -> tuple[Normalisation, ...]:
     """Say by whose statistics an encoder can standardise; what fits its own to the data does so always."""
     if isinstance(encoder, Fitted):
         return ("dataset",)
-    return ("model", "dataset") if hasattr(encoder, "normalized_input") else ("model",)
+    return ("model", "dataset", "published") if hasattr(encoder, "normalized_input") else ("model",)
 
 
 def gives_tokens(encoder: Encoder) -> bool:
@@ -266,7 +280,14 @@ def gives_tokens(encoder: Encoder) -> bool:
     return "tokens" in inspect.signature(encoder.encode).parameters
 
 
-def fit(encoder: Encoder, normalisation: Normalisation, batches: Iterable[Batch]) -> tuple[Encoder, Statistics | None]:
+def own_statistics(benchmark: Benchmark, shown: Mapping[str, str]) -> Statistics:
+    """Look up the statistics that were published with a benchmark, of what a model is shown."""
+    return published_statistics(benchmark.name, benchmark.root, shown, as_published=benchmark.as_published)
+
+
+def fit(
+    encoder: Encoder, normalisation: Normalisation, batches: Iterable[Batch], published: Statistics | None = None
+) -> tuple[Encoder, Statistics | None]:
     """Fit what the normalisation needs to training samples; give the encoder to use and what to normalise by."""
     if normalisation == "model":
         return encoder, None
@@ -274,7 +295,7 @@ def fit(encoder: Encoder, normalisation: Normalisation, batches: Iterable[Batch]
         return cast(Encoder, encoder.with_statistics(encoder.fit_statistics(batches))), None
     bare: Any = copy(encoder)
     bare.normalized_input = True
-    return cast(Encoder, bare), band_statistics(batches)
+    return cast(Encoder, bare), published if normalisation == "published" else band_statistics(batches)
 
 
 def extract(

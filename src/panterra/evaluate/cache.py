@@ -25,12 +25,13 @@ from panterra.evaluate.benchmark import (
     Normalisation,
     Pooling,
     Role,
-    Statistics,
     batches_of,
     extract,
     fit,
     normalised,
+    own_statistics,
 )
+from panterra.evaluate.published_statistics import Statistics
 from panterra.evaluate.sweep import Table
 from panterra.models.features import Encoder
 from panterra.models.weights import passport
@@ -177,12 +178,19 @@ class Source:
         parts = [self.store.cost(self._about(role, view)) for role in self.benchmark.splits]
         return {name: sum(part[name] for part in parts) for name in ("seconds", "wh")}
 
+    def published(self, view: View) -> dict[str, list[list[float]]]:
+        """Give the published statistics that a view is normalised by, as plain numbers."""
+        found = own_statistics(self.benchmark, dict(view.shown))
+        return {m: [part.tolist() for part in pair] for m, pair in found.items()}
+
     def _about(self, role: Role, view: View | None) -> dict[str, Any]:
         """Say what an array is made from; without a view, that of the targets."""
         data = {"panterra": version("panterra"), "data": self.benchmark.contents[role]}
         if view is None:
             return {**data, "kind": "targets"}
-        fitted_on = self.benchmark.contents["train"] if view.normalisation == "dataset" else None
+        fitted_on: Any = self.benchmark.contents["train"] if view.normalisation == "dataset" else None
+        if view.normalisation == "published":
+            fitted_on = self.published(view)
         return {**data, **asdict(view), "model": self.model, "fitted_on": fitted_on}
 
     def _embed(
@@ -201,12 +209,13 @@ class Source:
             with measure_energy() as meter:
                 if place not in fitted:
                     train = (batch for _, batch in batches_of(self.benchmark.splits["train"], shown))
-                    fitted[place] = fit(self.encoder, first.normalisation, _moved(train, self.device))
+                    published = own_statistics(self.benchmark, shown) if first.normalisation == "published" else None
+                    fitted[place] = fit(self.encoder, first.normalisation, _moved(train, self.device), published)
                 encoder, statistics = fitted[place]
                 for number, (samples, batch) in enumerate(batches_of(labelled, shown)):
                     given = batch.to(self.device)
                     if statistics is not None:
-                        given = normalised(given, statistics)
+                        given = normalised(given, statistics, keep_zeros=first.normalisation == "published")
                     found = extract(encoder, given, [(v.kind, v.pooling) for v in views], first.patch_m)
                     for view, writer in writers.items():
                         writer.add(_alike(found[view.kind, view.pooling].float(), writer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.evaluate import metrics, splits
+from panterra.evaluate.class_weights import ClassWeights, balanced_weights
 from panterra.evaluate.metrics import Interval
 
 Kind = Literal["logistic", "ridge", "knn"]
 Task = Literal["classes", "values"]
 Array = TypeVar("Array", np.ndarray, Tensor)
+Weigh = Callable[[Int[np.ndarray, " k"]], Float[Tensor, " k"]]
+"""From the number of samples of each class in a training set to how much one of them counts."""
 
 STRENGTHS = tuple(float(s) for s in np.logspace(-1, 4, 9))
 """Weights of the L2 penalty beside the summed loss, for standardised features: scikit-learn's alpha, and its 1 / C."""
@@ -101,7 +104,7 @@ class Report:
     strengths: tuple[float, ...]
     """What was tried: weights of the L2 penalty, or numbers of neighbours."""
     losses: tuple[float, ...]
-    """Mean out-of-fold loss at each strength: cross-entropy (logistic) or squared error."""
+    """Mean out-of-fold loss at each strength: cross-entropy (logistic) or squared error, as classes weigh."""
     strength: float
     """What the final probe was fitted with, on all samples."""
     converged: bool
@@ -112,6 +115,8 @@ class Report:
     """Rows are the true classes, columns the predicted ones; empty for values."""
     resamples: int
     seed: int
+    class_weights: tuple[float, ...] = ()
+    """How much a sample of each class counted in the final fit; empty where all count alike."""
     predictions: np.ndarray = field(repr=False)
     """Out-of-fold prediction of each sample: a class code or a value."""
     folds: np.ndarray = field(repr=False)
@@ -343,6 +348,7 @@ def fit_probe(
     colours: Mapping[int, tuple[int, int, int]] | Sequence[tuple[int, int, int]] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     neighbours: int = NEIGHBOURS,
+    class_weights: ClassWeights | Mapping[str, float] = "none",
     source: FeatureSource | None = None,
     resamples: int = 1000,
     seed: int = 42,
@@ -351,7 +357,9 @@ def fit_probe(
 
     Targets are class codes or values; `names` and `colours` belong to codes. `groups` are kept whole in the folds and
     in the bootstrap (see `splits.spatial_blocks`; `block_m` is noted in the report); a random split must be asked for.
-    Features are standardised inside, but for knn, which compares directions.
+    Features are standardised inside, but for knn, which compares directions. `class_weights` are for logistic probes:
+    "balanced" lets rare classes count as much as common ones in every training set, or weights by class name, 1 where a
+    name is missing.
     """
     for choice, known in ((kind, get_args(Kind)), (task, get_args(Task)), (split, ("blocks", "random"))):
         if choice not in known:
@@ -368,7 +376,8 @@ def fit_probe(
     index = torch.as_tensor(label, device=x.device)
     answers = answers.to(x.device)
     train = torch.as_tensor(fold != np.arange(folds)[:, None], device=x.device)
-    fitted, settled = _fit(kind, x, answers, index, train, settings)
+    weigh = _class_weights(class_weights, kind, classes)
+    fitted, settled = _fit(kind, x, answers, index, train, settings, weigh)
     scores = torch.empty(len(settings), len(x), answers.shape[1], dtype=torch.float64, device=x.device)
     for f, models in enumerate(fitted):
         held = ~train[f]
@@ -378,12 +387,16 @@ def fit_probe(
         loss = -scores.clamp_min(1e-12).log().gather(2, index[None, :, None].expand(len(settings), -1, 1))[..., 0]
     else:
         loss = (scores - answers).square().sum(2)
+    weights = weigh(np.bincount(label, minlength=max(1, len(classes)))).to(loss)
+    if class_weights != "none":
+        loss = loss * weights[index]
     loss_sums = torch.stack([loss[:, ~t].sum(1) for t in train], dim=1).cpu().numpy()
     # A fold does not choose the strength that it is scored with.
     others = loss_sums.sum(1, keepdims=True) - loss_sums
     honest = scores.cpu().numpy()[others.argmin(0)[fold], np.arange(len(x))]
     best = int(loss_sums.sum(1).argmin())
-    (final,), settled_final = _fit(kind, x, answers, index, torch.ones_like(train[:1]), settings[best : best + 1])
+    every = torch.ones_like(train[:1])
+    (final,), settled_final = _fit(kind, x, answers, index, every, settings[best : best + 1], weigh)
 
     codes = np.array([c.code for c in classes])
     predicted = honest.argmax(1) if task == "classes" else honest[:, 0]
@@ -406,6 +419,7 @@ def fit_probe(
         confusion=conf,
         resamples=resamples,
         seed=seed,
+        class_weights=() if class_weights == "none" else tuple(weights.tolist()),
         predictions=codes[predicted] if task == "classes" else predicted,
         folds=fold,
     )
@@ -419,6 +433,29 @@ def fit_probe(
         summary=report.as_dict(),
     )
     return probe, report
+
+
+def _alike(counts: Int[np.ndarray, " k"]) -> Float[Tensor, " k"]:
+    return torch.ones(len(counts))
+
+
+def _class_weights(asked: ClassWeights | Mapping[str, float], kind: Kind, classes: Sequence[ProbeClass]) -> Weigh:
+    """Give what turns counts of each class in a training set into weights."""
+    if isinstance(asked, str) and asked not in get_args(ClassWeights):
+        raise InputError(f"class_weights is {asked!r}; wanted none, balanced or weights by class name")
+    if asked == "none":
+        return _alike
+    if kind != "logistic":
+        raise InputError(f"class weights are for logistic probes, not for {kind}; leave them out")
+    if isinstance(asked, str):
+        return balanced_weights
+    names = [c.name for c in classes]
+    if unknown := [name for name in asked if name not in names]:
+        raise InputError(f"a weight came for {unknown[0]!r}; the classes are {', '.join(names)}")
+    if wrong := [w for w in asked.values() if not w > 0]:
+        raise InputError(f"a class weight is {wrong[0]:g}; wanted more than 0")
+    given = torch.tensor([float(asked.get(name, 1.0)) for name in names])
+    return lambda counts: given
 
 
 def _as_features(features: np.ndarray | Tensor) -> Float[Tensor, "n d"]:
@@ -551,6 +588,7 @@ def _fit(
     label: Int[Tensor, " n"],
     train: Bool[Tensor, "f n"],
     settings: Sequence[float],
+    weigh: Weigh = _alike,
 ) -> tuple[list[list[dict[str, Tensor]]], bool]:
     """Fit one probe per training set and setting; False beside them where an optimisation did not converge."""
     if kind == "knn":
@@ -565,7 +603,10 @@ def _fit(
         )
     else:
         step = max(1, _LOGITS // (len(x) * answers.shape[1] * len(train)))
-        parts = [_logistic(x, label, answers.shape[1], train, bases, part) for part in strengths.split(step)]
+        counts = [label[t].bincount(minlength=answers.shape[1]).cpu().numpy() for t in train]
+        weight = torch.stack([weigh(c).to(x)[label] * t for c, t in zip(counts, train, strict=True)])
+        weight = weight / train.sum(1, keepdim=True)
+        parts = [_logistic(x, label, answers.shape[1], train, weight, bases, part) for part in strengths.split(step)]
         solved, settled = torch.cat([p[0] for p in parts], dim=1), all(p[1] for p in parts)
     return [
         [{"mean": b.mean, "scale": b.scale, "weight": w[:-1], "bias": w[-1]} for w in by_strength]
@@ -617,6 +658,7 @@ def _logistic(
     label: Int[Tensor, " n"],
     num_classes: int,
     train: Bool[Tensor, "f n"],
+    weight: Float[Tensor, "f n"],
     bases: Sequence[_Basis],
     strengths: Float[Tensor, " s"],
 ) -> tuple[Float[Tensor, "f s d+1 k"], bool]:
@@ -628,7 +670,7 @@ def _logistic(
     problems = _Problems(
         x=x,
         label=label,
-        weight=(train / train.sum(1, keepdim=True)).to(x.dtype),
+        weight=weight,
         bases=bases,
         variances=nn.utils.rnn.pad_sequence([b.variances for b in bases], batch_first=True),
         fold=torch.arange(len(train), device=x.device).repeat_interleave(len(strengths)),
@@ -690,7 +732,7 @@ class _Problems:
     x: Float[Tensor, "n d"]
     label: Int[Tensor, " n"]
     weight: Float[Tensor, "f n"]
-    """One over the size of the training set, or zero outside it."""
+    """A sample's weight over the size of the training set, or zero outside it."""
     bases: Sequence[_Basis]
     variances: Float[Tensor, "f r"]
     """Those of the bases, padded with zeros to one length."""

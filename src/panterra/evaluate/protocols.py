@@ -16,6 +16,8 @@ from panterra.errors import InputError
 from panterra.evaluate.attention_probe import Attention
 from panterra.evaluate.benchmark import Role
 from panterra.evaluate.cache import View
+from panterra.evaluate.class_weights import ClassWeights, balanced_weights, count_classes
+from panterra.evaluate.dice import rarity
 from panterra.evaluate.metrics import Interval
 from panterra.evaluate.probes import NEIGHBOURS, knn_scores
 from panterra.evaluate.published import ANYSAT, OLMOEARTH, OlmoEarthTask
@@ -23,8 +25,10 @@ from panterra.evaluate.readout import Readout
 from panterra.evaluate.scoring import FIGURES, Answers, Task, better, sums_of
 from panterra.evaluate.sweep import Linear, Member, Net, Recipe, Standardise, Table, answers, train_together
 
-Protocol = Literal["knn", "linear", "attention", "anysat"]
-PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "attention", "anysat")
+Protocol = Literal["knn", "linear", "interpolate", "attention", "anysat"]
+PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "interpolate", "attention", "anysat")
+Loss = Literal["cross_entropy", "dice"]
+"""Of pixels' classes; dice: both the Dice loss and the cross-entropy."""
 _SIMILARITIES = 2**25
 _ROWS = 1024
 
@@ -44,6 +48,10 @@ class Trial:
     """Instead of the published number."""
     published_rate: bool = False
     """Whether a probe has the one rate of the published table, where that has the data set."""
+    class_weights: ClassWeights = "none"
+    """Of probes that are trained on classes."""
+    loss: Loss | None = None
+    """Of probes that are trained on pixels' classes; None: that of OlmoEarth's published table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +71,12 @@ def run(protocol: Protocol, trial: Trial, views: tuple[View, ...]) -> Outcome:
 
 
 def allowed(protocol: Protocol, task: Task) -> bool:
-    """Say whether a protocol is defined for a task: neighbours are for whole samples' classes."""
+    """Say whether a protocol is defined for a task: neighbours are for whole samples' classes.
+
+    A linear probe of values per pixel interpolates already.
+    """
+    if protocol == "interpolate":
+        return task == "segmentation"
     return protocol != "knn" or task in ("classification", "multilabel")
 
 
@@ -109,17 +122,29 @@ def _linear(trial: Trial, views: tuple[View, ...]) -> Outcome:
     return _sweep(trial, views, lambda table, width: Linear.of(table, width, _first(table)))
 
 
+def _interpolate(trial: Trial, views: tuple[View, ...]) -> Outcome:
+    """Sweep a linear map of patches brought to the labels' grid by bilinear interpolation (OlmoEarth).
+
+    Interpolation and a linear map may change places, so that it is the outputs that are interpolated.
+    """
+    net = lambda table, width: Linear.of(table, width, "none")  # noqa: E731
+    return _sweep(trial, views, net, interpolated=True)
+
+
 def _attention(trial: Trial, views: tuple[View, ...]) -> Outcome:
     """Sweep the learning rates of attention pooling with a linear map behind it (OlmoEarth)."""
     return _sweep(trial, views, lambda table, width: Attention(dim=table.x.shape[-1], width=width))
 
 
-def _sweep(trial: Trial, views: tuple[View, ...], net: Callable[[Table, int], Net]) -> Outcome:
+def _sweep(
+    trial: Trial, views: tuple[View, ...], net: Callable[[Table, int], Net], *, interpolated: bool = False
+) -> Outcome:
     row = OLMOEARTH.get(trial.benchmark, OlmoEarthTask())
     recipe = replace(trial.recipe, batch=trial.batch or row.batch, epochs=trial.epochs or trial.recipe.epochs)
     if trial.published_rate and row.rate is not None:
         recipe = replace(recipe, rates=(row.rate,))
-    return _best(trial, views, net, _metric(trial), recipe, softplus=False)
+    trial = replace(trial, loss=trial.loss or row.loss)
+    return _best(trial, views, net, _metric(trial), recipe, interpolated=interpolated)
 
 
 def _metric(trial: Trial) -> str:
@@ -147,7 +172,7 @@ def _anysat(trial: Trial, views: tuple[View, ...]) -> Outcome:
         least_epochs=50,
         drop_last=True,
     )
-    softplus = trial.task == "regression"
+    trial, softplus = replace(trial, loss="cross_entropy"), trial.task == "regression"
     return _best(trial, views, lambda table, width: Linear.of(table, width, "layer"), metric, recipe, softplus=softplus)
 
 
@@ -156,6 +181,7 @@ ANYSAT_EPOCHS = 200
 _RUNS: Mapping[Protocol, Callable[[Trial, tuple[View, ...]], Outcome]] = {
     "knn": _knn,
     "linear": _linear,
+    "interpolate": _interpolate,
     "attention": _attention,
     "anysat": _anysat,
 }
@@ -168,7 +194,8 @@ def _best(
     metric: str,
     recipe: Recipe,
     *,
-    softplus: bool,
+    softplus: bool = False,
+    interpolated: bool = False,
 ) -> Outcome:
     """Train every view's members, and test the one that validates best of all."""
     # Average precision cannot be told from sums, by which members are judged while they are trained.
@@ -177,7 +204,7 @@ def _best(
     for view in views:
         tables = trial.tables(view)
         train = tables["train"] if tables["train"].y.ndim == 3 else _with_data(tables["train"])
-        readout = _readout(trial, train, softplus=softplus)
+        readout = _readout(trial, train, softplus=softplus, interpolated=interpolated)
         members = train_together(train, tables["val"], net(train, readout.outputs), readout, judged_by, recipe)
         top = max(members, key=lambda m: m.score)
         if best is None or top.score > best[0].score:
@@ -185,18 +212,36 @@ def _best(
     assert best is not None
     member, view, readout = best
     told = answers(member, trial.tables(view)["test"].checked(), readout)
-    chosen = {"rate": member.rate, "epoch": member.epoch, "batch": recipe.batch}
+    weights = "none" if readout.class_weights is None else trial.class_weights
+    chosen: dict[str, Any] = {
+        "rate": member.rate,
+        "epoch": member.epoch,
+        "batch": recipe.batch,
+        "class_weights": weights,
+    }
+    if trial.task == "segmentation":
+        chosen["loss"] = trial.loss
     return Outcome(metric=metric, figures=told.figures(), view=view, chosen=chosen)
 
 
-def _readout(trial: Trial, train: Table, *, softplus: bool) -> Readout:
+def _readout(trial: Trial, train: Table, *, softplus: bool, interpolated: bool) -> Readout:
     """Find how many label pixels a cell has; values are learned in standard deviations from their mean."""
     if trial.task != "regression":
-        side = 1
-        if train.y.ndim == 3:
+        side, counts = 1, count_classes(train.y, trial.classes)
+        if train.y.ndim == 3 and not interpolated:
             (rows, cols), (height, width) = train.grid, train.y.shape[1:]
             side = max(1, int(math.sqrt(height * width / (rows * cols))))
-        return Readout(task=trial.task, classes=trial.classes, side=side)
+        weights = None
+        if trial.class_weights == "balanced":
+            weights = balanced_weights(counts, samples=len(train) if trial.task == "multilabel" else None)
+        dice = rarity(counts) if trial.task == "segmentation" and trial.loss == "dice" else None
+        return Readout(
+            task=trial.task,
+            classes=trial.classes,
+            side=side,
+            class_weights=None if weights is None else weights.to(train.y.device),
+            dice=None if dice is None else dice.to(train.y.device),
+        )
     known = train.y[train.y.isfinite()]
     if not len(known):
         raise InputError("no sample to learn from has a value; check the labels")

@@ -20,6 +20,8 @@ class OlmoEarthTask:
     pooling: Literal["mean", "max"] = "mean"
     patch_px: int | None = None
     """None: 4."""
+    loss: Literal["cross_entropy", "dice"] = "cross_entropy"
+    """Of pixels' classes; dice: both."""
     centre: bool = False
     """Whether the patch in the middle is judged instead of the whole sample."""
     modalities: tuple[str, ...] | None = None
@@ -80,7 +82,7 @@ OLMOEARTH: Mapping[str, OlmoEarthTask] = {
     "lfmc_woody_3k": _FUEL_MOISTURE,
     "lfmc_woody_3k_s1_s2": _FUEL_MOISTURE,
     "mapbiomas_3k_dense": OlmoEarthTask(metric="macro_f1", rate=0.001),
-    "canada_wildfire_sat_eval_split": OlmoEarthTask(patch_px=5),
+    "canada_wildfire_sat_eval_split": OlmoEarthTask(metric="f1_class_1", loss="dice", patch_px=5),
 }
 """By data set; others get the defaults. pastis128 of Sentinel-2 alone was pooled by the maximum: sweep the pooling."""
 

@@ -13,10 +13,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from panterra.evaluate.dice import dice_slopes
 from panterra.evaluate.scoring import Task, sums_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Readout:
     """How M probes' outputs for the cells of a sample, class by class and then pixel by pixel, are read.
 
@@ -34,6 +35,10 @@ class Readout:
     centre: float = 0.0
     spread: float = 1.0
     """Mean and standard deviation of the values learned from, which outputs are counted in."""
+    class_weights: Float[Tensor, " k"] | None = None
+    """How much a label of each class counts; of several labels, the presence of each."""
+    dice: Float[Tensor, " k"] | None = None
+    """How much each class counts in a Dice loss beside the cross-entropy of a segmentation, if there is one."""
 
     @property
     def outputs(self) -> int:
@@ -41,34 +46,45 @@ class Readout:
         return self.classes * self.side**2
 
     def residual(
-        self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int], share: Float[Tensor, ""] | None = None
+        self,
+        raw: Float[Tensor, "n m o"],
+        y: Tensor,
+        grid: Sequence[int],
+        share: Float[Tensor, ""] | None = None,
+        overlap: Float[Tensor, "3 m k"] | None = None,
     ) -> Float[Tensor, "n m o"]:
         """Differentiate each probe's mean loss over what is labelled by its outputs; `grid` is samples, rows, columns.
 
         Cross-entropy for classes, the binary one for each of several labels, squared error for values. `share` is that
-        of one label in the mean, where these samples are a part of what it is taken over.
+        of one label in the mean, and `overlap` sums up the batch, where these samples are a part of it.
         """
         z, truth = self._at_labels(raw, y, grid)
-        return self._back(self._loss_gradient(z, truth, self.share(y) if share is None else share), y, grid)
+        if self.dice is not None and overlap is None:
+            overlap = self._overlap(z, truth)
+        return self._back(self._loss_gradient(z, truth, self.share(y) if share is None else share, overlap), y, grid)
 
     def share(self, y: Tensor) -> Float[Tensor, ""]:
-        """Give the share of one label in a mean over all there are."""
-        return self._known(y).sum().clamp(min=1).double().reciprocal()
+        """Give the share of one label, of a class that counts once, in a mean over all there are."""
+        return self._weight(y).sum(dtype=torch.float64).clamp(min=1e-12).reciprocal()
 
-    def loss(self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int]) -> tuple[Float[Tensor, " m"], int]:
-        """Sum each probe's loss over what is labelled, and count that."""
+    def overlap(self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int]) -> Float[Tensor, "3 m k"]:
+        """Sum what the Dice loss is made of (`dice.dice_of`) over labelled pixels."""
+        return self._overlap(*self._at_labels(raw, y, grid))
+
+    def loss(self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int]) -> tuple[Float[Tensor, " m"], float]:
+        """Sum each probe's loss over what is labelled, and what the labels weigh; without the Dice loss."""
         z, truth = self._at_labels(raw, y, grid)
+        weight = self._weight(truth)
         if self.task in ("classification", "segmentation"):
-            known = self._known(truth)
             picked = z.log_softmax(2).gather(2, _index(truth).expand(-1, z.shape[1], -1, -1))[:, :, 0]
-            return -(picked * known[:, None]).sum((0, 2)), int(known.sum())
-        known = self._known(truth)
+            return -(picked * weight[:, None]).sum((0, 2)), float(weight.sum())
         y_ = truth.nan_to_num()[:, None]
         if self.task == "multilabel":
-            each = F.binary_cross_entropy_with_logits(z, y_.expand_as(z), reduction="none")
+            more = None if self.class_weights is None else self.class_weights.to(z)[:, None]
+            each = F.binary_cross_entropy_with_logits(z, y_.expand_as(z), pos_weight=more, reduction="none")
         else:
             each = (self._values(z) - (y_ - self.centre) / self.spread).square()
-        return (each * known[:, None]).sum((0, 2, 3)), int(known.sum())
+        return (each * weight[:, None]).sum((0, 2, 3)), float(weight.sum())
 
     def answer(self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Give codes [b, m, p], labels [b, m, k] or values [b, m, p], and the targets in the same order."""
@@ -121,17 +137,43 @@ class Readout:
     def _known(self, y: Tensor) -> Tensor:
         return y >= 0 if self.task in ("classification", "segmentation") else y.isfinite()
 
+    def _weight(self, y: Tensor) -> Tensor:
+        """Tell how much each label counts: nothing where there is none."""
+        if self.class_weights is None or self.task not in ("classification", "segmentation"):
+            return self._known(y).float()
+        return self.class_weights[y.clamp(min=0)] * self._known(y)
+
+    def _overlap(self, z: Float[Tensor, "u m k p"], truth: Tensor) -> Float[Tensor, "3 m k"]:
+        share = z.softmax(2).mul_(self._known(truth)[:, None, None])
+        there = _one_hot(truth, self.classes).to(z) * self._known(truth)[:, None, None]
+        both = torch.einsum("umkp,ukp->mk", share, there[:, 0])
+        return torch.stack([both, share.sum((0, 3)), there.sum((0, 3)).expand_as(both)])
+
     def _loss_gradient(
-        self, z: Float[Tensor, "u m k p"], truth: Tensor, share: Float[Tensor, ""]
+        self,
+        z: Float[Tensor, "u m k p"],
+        truth: Tensor,
+        share: Float[Tensor, ""],
+        overlap: Float[Tensor, "3 m k"] | None,
     ) -> Float[Tensor, "u m k p"]:
-        weight = self._known(truth).to(z.dtype) * share.to(z.dtype)
+        weight = self._weight(truth).to(z.dtype) * share.to(z.dtype)
         if self.task in ("classification", "segmentation"):
-            wanted = z.new_zeros(len(z), 1, *z.shape[2:]).scatter_(2, _index(truth), 1.0)
-            return z.softmax(2).sub_(wanted).mul_(weight[:, None, None])
+            wanted = _one_hot(truth, self.classes).to(z)
+            p = z.softmax(2)
+            if self.dice is None:
+                return p.sub_(wanted).mul_(weight[:, None, None])
+            assert overlap is not None
+            here, elsewhere = (part[..., None] for part in dice_slopes(overlap, self.dice.to(z)))
+            slope = torch.where(wanted > 0, here, elsewhere) * self._known(truth)[:, None, None]
+            through = p * (slope - (p * slope).sum(2, keepdim=True))
+            return p.sub_(wanted).mul_(weight[:, None, None]).add_(through)
         weight = weight[:, None]
         wanted = truth.nan_to_num()[:, None]
         if self.task == "multilabel":
-            return z.sigmoid().sub_(wanted).mul_(weight)
+            if self.class_weights is None:
+                return z.sigmoid().sub_(wanted).mul_(weight)
+            more = wanted * (self.class_weights.to(z)[:, None] - 1)
+            return z.sigmoid().mul_(1 + more).sub_(wanted + more).mul_(weight)
         change = 2 * (self._values(z) - (wanted - self.centre) / self.spread) * weight
         return change * z.sigmoid() if self.softplus else change
 
@@ -148,6 +190,12 @@ def _highest(z: Float[Tensor, "u m k p"]) -> Tensor:
         code.masked_fill_(z[:, :, k] > top, k)
         torch.maximum(top, z[:, :, k], out=top)
     return code
+
+
+def _one_hot(truth: Tensor, classes: int) -> Float[Tensor, "u 1 k p"]:
+    """Mark the class of each label, [u, p]; where there is none, the first."""
+    zeros = torch.zeros(len(truth), 1, classes, *truth.shape[1:], device=truth.device)
+    return zeros.scatter_(2, _index(truth), 1.0)
 
 
 def _index(truth: Tensor) -> Tensor:

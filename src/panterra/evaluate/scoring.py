@@ -29,14 +29,30 @@ def _macro_f1(sums: Float[np.ndarray, "*r 3 k"]) -> np.ndarray:
     return np.asarray((2 * hit / np.maximum(support + guessed, 1)).mean(-1))
 
 
+def _f1_of_class_1(conf: np.ndarray) -> np.ndarray:
+    f1: np.ndarray = metrics.per_class(conf)["f1"][..., 1]
+    return f1
+
+
 FIGURES: Mapping[Task, Mapping[str, Figure]] = {
-    "classification": {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1},
-    "segmentation": {"mean_iou": metrics.mean_iou, "macro_f1": metrics.macro_f1, "accuracy": metrics.accuracy},
+    "classification": {
+        "accuracy": metrics.accuracy,
+        "macro_f1": metrics.macro_f1,
+        "macro_accuracy": metrics.macro_accuracy,
+        "f1_class_1": _f1_of_class_1,
+    },
+    "segmentation": {
+        "mean_iou": metrics.mean_iou,
+        "macro_f1": metrics.macro_f1,
+        "accuracy": metrics.accuracy,
+        "macro_accuracy": metrics.macro_accuracy,
+        "f1_class_1": _f1_of_class_1,
+    },
     "multilabel": {"macro_f1": _macro_f1, "micro_f1": _micro_f1},
     "regression": {"rmse": metrics.rmse, "mae": metrics.mae, "r2": metrics.r2},
 }
 """Of each task what can be told from sums over samples; the first is what probes are chosen by, unless told otherwise.
-Multilabel sets have "average_precision" too, which needs every score."""
+Multilabel sets have "average_precision" too, which needs every score; "f1_class_1" is of sets of two classes alone."""
 
 LOWER_IS_BETTER = {"rmse", "mae"}
 
@@ -87,7 +103,8 @@ class Answers:
         else:
             drawn = metrics.resample(self.sums, n=resamples, seed=seed)
         total = self.sums.sum(0)
-        found = {name: Interval.of(float(f(total)), f(drawn)) for name, f in FIGURES[self.task].items()}
+        figures = {n: f for n, f in FIGURES[self.task].items() if n != "f1_class_1" or total.shape[-1] == 2}
+        found = {name: Interval.of(float(f(total)), f(drawn)) for name, f in figures.items()}
         if self.scores is not None and self.truth is not None:
             found["average_precision"] = _average_precision(self.truth, self.scores, resamples, seed)
         return found

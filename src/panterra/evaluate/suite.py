@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ from panterra.evaluate.benchmark import (
     normalisations,
     open_benchmark,
     open_encoder,
+    own_statistics,
     patch_for,
     seen_by,
 )
 from panterra.evaluate.cache import Source, Store, View, identity, key_of
+from panterra.evaluate.class_weights import ClassWeights
+from panterra.evaluate.compress import bytes_of, compressed, parse_compression
 from panterra.evaluate.metrics import Interval
 from panterra.evaluate.protocols import (
     PROTOCOLS,
+    Loss,
     Outcome,
     Protocol,
     Trial,
@@ -42,6 +47,7 @@ from panterra.evaluate.protocols import (
     standardised,
 )
 from panterra.evaluate.published import ANYSAT, OLMOEARTH, OlmoEarthTask
+from panterra.evaluate.subsets import FRACTIONS, Subsets, published_subset
 from panterra.evaluate.sweep import RATES, Recipe, Table
 from panterra.models.features import Encoder, Fitted
 from panterra.sample import Batch
@@ -62,18 +68,28 @@ class Plan:
     protocols: tuple[Protocol, ...] = ("knn", "linear")
     fractions: tuple[float, ...] = (1.0,)
     """Of the training samples."""
+    subsets: Subsets = "stratified"
+    """How a fraction is chosen: drawn with each seed, or as published."""
     seeds: tuple[int, ...] = (42,)
     """Each draws other training samples, first weights and batches."""
     normalisations: tuple[Normalisation, ...] = ()
     """To choose among by validation; empty: what the model is made for."""
     poolings: tuple[Pooling, ...] = ("mean",)
     """To choose among by validation."""
+    compressions: tuple[str, ...] = ("none",)
+    """Of the features, each in rows of its own: see `compress.parse_compression`."""
     rates: tuple[float, ...] = RATES
     published_rate: bool = False
     """Whether benchmarks of the published table have its one rate instead."""
     epochs: int | None = None
     batch: int | None = None
     """Of probe training, instead of the published numbers."""
+    loss: Loss | None = None
+    """Of probes of pixels' classes, instead of the published one."""
+    class_weights: ClassWeights = "none"
+    """Of trained probes."""
+    as_published: bool = False
+    """Whether bands are filled as OlmoEarth's evaluation does (`benchmark.open_benchmark`)."""
     patch_m: float | None = None
     """Instead of four pixels, or what divides the samples."""
     modalities: tuple[str, ...] | None = None
@@ -97,6 +113,10 @@ class Row:
     seed: int = 42
     labels: int = 0
     """Training samples."""
+    subset: str = ""
+    """How they were chosen, where they are a fraction."""
+    compression: str = "none"
+    """Of the features."""
     tested: int = 0
     """Test samples."""
     metric: str = ""
@@ -104,7 +124,7 @@ class Row:
     figures: Mapping[str, Interval] = field(default_factory=dict)
     """With 95 % intervals over test samples drawn anew."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    """By validation: learning rate and epoch; normalisation, pooling, patch and modalities."""
+    """By validation: learning rate and epoch; normalisation, pooling, patch and modalities; and what was given."""
     seconds: float = 0.0
     """Of probe training and testing."""
     wh: float = 0.0
@@ -155,7 +175,7 @@ def evaluate(
     benchmarks: dict[str, Benchmark | str] = {}
     for name, root in plan.benchmarks:
         try:
-            benchmarks[name] = open_benchmark(name, root, limit=plan.limit)
+            benchmarks[name] = open_benchmark(name, root, limit=plan.limit, as_published=plan.as_published)
         except Exception as error:
             benchmarks[name] = reason(error)
     rows: list[Row] = []
@@ -220,6 +240,11 @@ def _check(plan: Plan) -> None:
         raise InputError("a benchmark was given twice; give each once")
     if wrong := [f for f in plan.fractions if not 0 < f <= 1]:
         raise InputError(f"a fraction is {wrong[0]:g}; wanted more than 0, at most 1")
+    if plan.subsets == "published" and (wrong := [f for f in plan.fractions if f not in (*FRACTIONS, 1)]):
+        known = ", ".join(f"{f:g}" for f in FRACTIONS)
+        raise InputError(f"a fraction is {wrong[0]:g}; published subsets are of {known} and 1")
+    for text in plan.compressions:
+        parse_compression(text)
     if wrong := [r for r in plan.rates if not r > 0]:
         raise InputError(f"a learning rate is {wrong[0]:g}; wanted more than 0")
     if any(count is not None and count < 1 for count in (plan.epochs, plan.limit, plan.batch)):
@@ -235,10 +260,10 @@ class _Job:
     views: tuple[View, ...]
     fraction: float
     seed: int
+    subset: tuple[np.ndarray, str] | None
+    """Which training samples and whose choice that is, where it is not left to the seed."""
+    compression: str
     recipe: Recipe
-    batch: int | None
-    epochs: int | None
-    published_rate: bool
 
 
 def _compare(
@@ -270,7 +295,7 @@ def _compare(
                 # The name by which a model is called may be another one now.
                 yield replace(known[job.id], model=model)
             else:
-                yield _fill(source, job, tables, model)
+                yield _fill(plan, source, job, tables, model)
     except Exception as error:
         yield replace(blank, error=reason(error))
 
@@ -296,6 +321,9 @@ def _views(plan: Plan, protocol: Protocol, encoder: Encoder, benchmark: Benchmar
         kind = "dense" if sub_patches else "patches" if dense else "summary"
     able = normalisations(encoder)
     norms = [n for n in plan.normalisations or (task.normalisation,) if n in able] or [able[0]]
+    if "published" in norms:
+        # Whether there are any is known before anything is embedded.
+        own_statistics(benchmark, shown)
     # Sub-patches and single tokens are not pooled; patches only where dates and band sets are at hand.
     pools = (
         plan.poolings if kind == "summary" or (kind in ("patches", "centre") and gives_tokens(encoder)) else ("mean",)
@@ -319,32 +347,43 @@ def _has_sub_patches(encoder: Encoder, batch: Batch, patch_m: float, device: str
 
 def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]) -> Iterator[_Job]:
     """List the rows of one model on one benchmark; what has no chance in it is done once."""
-    contents = [source.benchmark.contents[role] for role in source.benchmark.splits]
-    for protocol, chosen in views.items():
-        recipe = Recipe(rates=plan.rates)
-        training = {**asdict(recipe), **{name: getattr(plan, name) for name in ("batch", "epochs", "published_rate")}}
-        for fraction in plan.fractions:
-            for seed in plan.seeds[:1] if protocol == "knn" and fraction == 1 else plan.seeds:
-                about = {
-                    "model": source.model,
-                    "data": contents,
-                    "protocol": protocol,
-                    "views": [asdict(v) for v in chosen],
-                    **(training if protocol != "knn" else {}),
-                    "fraction": fraction,
-                    "seed": seed,
-                }
-                yield _Job(
-                    id=key_of(about),
-                    protocol=protocol,
-                    views=chosen,
-                    fraction=fraction,
-                    seed=seed,
-                    recipe=recipe,
-                    batch=plan.batch,
-                    epochs=plan.epochs,
-                    published_rate=plan.published_rate,
-                )
+    benchmark, recipe = source.benchmark, Recipe(rates=plan.rates)
+    contents = [benchmark.contents[role] for role in benchmark.splits]
+    training = {**asdict(recipe), **{name: getattr(plan, name) for name in ("batch", "epochs", "published_rate")}}
+    loss = plan.loss or OLMOEARTH.get(benchmark.name, OlmoEarthTask()).loss
+    # Rows of before these could be chosen are found again where nothing of it was.
+    training |= {"loss": loss} if loss != "cross_entropy" else {}
+    training |= {"class_weights": plan.class_weights} if plan.class_weights != "none" else {}
+    chances = product(views.items(), plan.compressions, plan.fractions)
+    for (protocol, chosen), compression, fraction in chances:
+        by = [source.published(v) for v in chosen if v.normalisation == "published"]
+        subset = None
+        if fraction < 1 and plan.subsets == "published":
+            subset = published_subset(benchmark.root, benchmark.splits["train"], fraction)
+        certain = protocol == "knn" and (fraction == 1 or subset is not None)
+        for seed in plan.seeds[:1] if certain else plan.seeds:
+            about = {
+                "model": source.model,
+                "data": contents,
+                "protocol": protocol,
+                "views": [asdict(v) for v in chosen],
+                **(training if protocol != "knn" else {}),
+                "fraction": fraction,
+                "seed": seed,
+                **({"published": by} if by else {}),
+                **({"compression": compression} if compression != "none" else {}),
+                **({"subset": subset[0].tolist()} if subset is not None else {}),
+            }
+            yield _Job(
+                id=key_of(about),
+                protocol=protocol,
+                views=chosen,
+                fraction=fraction,
+                seed=seed,
+                subset=subset,
+                compression=compression,
+                recipe=replace(recipe, seed=seed),
+            )
 
 
 def _tables_by_view(plan: Plan, source: Source, model: str) -> Callable[[View], dict[Role, Table]]:
@@ -359,25 +398,31 @@ def _tables_by_view(plan: Plan, source: Source, model: str) -> Callable[[View], 
     return read
 
 
-def _fill(source: Source, job: _Job, tables: Callable[[View], dict[Role, Table]], model: str) -> Row:
+def _fill(plan: Plan, source: Source, job: _Job, tables: Callable[[View], dict[Role, Table]], model: str) -> Row:
     """Carry out one row."""
-    benchmark = source.benchmark
+    benchmark, steps = source.benchmark, parse_compression(job.compression)
     train = tables(job.views[0])["train"]
-    index = fraction_of(train.y, job.fraction, job.seed) if job.fraction < 1 else None
+    index, subset = job.subset or (None, "")
+    if job.fraction < 1 and index is None:
+        index, subset = fraction_of(train.y, job.fraction, job.seed), "stratified"
 
+    @lru_cache(maxsize=1)
     def chosen(view: View) -> dict[Role, Table]:
         found = tables(view)
-        return found if index is None else {**found, "train": found["train"].take(index)}
+        found = found if index is None else {**found, "train": found["train"].take(index)}
+        return compressed(found, steps)
 
     trial = Trial(
         benchmark=benchmark.name,
         task=benchmark.task,
         classes=1 if benchmark.task == "regression" else len(benchmark.class_names),
         tables=chosen,
-        recipe=replace(job.recipe, seed=job.seed),
-        batch=job.batch,
-        epochs=job.epochs,
-        published_rate=job.published_rate,
+        recipe=job.recipe,
+        batch=plan.batch,
+        epochs=plan.epochs,
+        published_rate=plan.published_rate,
+        class_weights=plan.class_weights,
+        loss=plan.loss,
     )
     with measure_energy() as meter:
         outcome = run(job.protocol, trial, job.views)
@@ -391,10 +436,12 @@ def _fill(source: Source, job: _Job, tables: Callable[[View], dict[Role, Table]]
         fraction=job.fraction,
         seed=job.seed,
         labels=len(train) if index is None else len(index),
+        subset=subset,
+        compression=job.compression,
         tested=len(benchmark.splits["test"]),
         metric=outcome.metric,
         figures=outcome.figures,
-        chosen={**outcome.chosen, **_about(outcome, model)},
+        chosen={**outcome.chosen, **_about(outcome, model), "bytes": bytes_of(steps, train.x.shape[-1])},
         seconds=meter.report.seconds,
         wh=meter.report.kwh * 1000,
         energy=meter.report.method,

@@ -169,11 +169,20 @@ class Linear:
         slope = torch.zeros_like(weight)
         # As many samples at a time as stay in the processor's cache.
         some = max(1, _CACHED // (len(weight) * x.shape[1:-1].numel()))
-        for part, labels in zip(seen.split(some), y.split(some), strict=True):
-            rows = part.flatten(0, -2)
-            raw = torch.addmm(bias, rows, weight.mT).unflatten(1, total.shape)
-            change = readout.residual(raw, labels, part.shape[:3], share)
-            slope.addmm_(change.flatten(1).mT, rows)
+        parts = list(zip(seen.split(some), y.split(some), strict=True))
+
+        def read(part: Float[Tensor, "b h w d"]) -> Float[Tensor, "n m o"]:
+            out: Tensor = torch.addmm(bias, part.flatten(0, -2), weight.mT).unflatten(1, total.shape)
+            return out
+
+        overlap = None
+        if readout.dice is not None:
+            # It is of the whole batch, so that all of it is looked at twice.
+            each = [readout.overlap(read(part), labels, part.shape[:3]) for part, labels in parts]
+            overlap = torch.stack(each).sum(0)
+        for part, labels in parts:
+            change = readout.residual(read(part), labels, part.shape[:3], share, overlap)
+            slope.addmm_(change.flatten(1).mT, part.flatten(0, -2))
             total += change.sum(0)
         return self._shared_out(theta, slope.unflatten(0, total.shape), total)
 
@@ -286,14 +295,14 @@ def judge(
 ) -> tuple[list[float], Float[Tensor, " m"]]:
     """Score every member, higher is better, and give its mean loss where wanted."""
     total: list[np.ndarray | float] = [0.0] * len(theta)
-    loss, count = theta.new_zeros(len(theta)), 0
+    loss, count = theta.new_zeros(len(theta)), 0.0
     for raw, y, grid in _read(theta, net, table, readout):
         total = [t + s.sum(0) for t, s in zip(total, readout.sums(raw, y, grid), strict=True)]
         if with_loss:
             part, number = readout.loss(raw, y, grid)
             loss, count = loss + part, count + number
     figure = FIGURES[readout.task][metric]
-    return [better(metric, float(figure(np.asarray(t)))) for t in total], loss / max(count, 1)
+    return [better(metric, float(figure(np.asarray(t)))) for t in total], loss / max(count, 1e-12)
 
 
 def _read(

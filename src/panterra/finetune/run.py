@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError
+from panterra.evaluate.class_weights import balanced_weights
+from panterra.evaluate.dice import rarity
 from panterra.finetune.augment import turn_sample, vary
 from panterra.finetune.card import write_card
 from panterra.finetune.examples import Examples
@@ -29,7 +31,7 @@ from panterra.finetune.model import Base, FineTuned, Setup, check_free, load_fin
 from panterra.finetune.pairs import PARTS
 from panterra.finetune.score import PartReport, deciding_figure, report, score
 from panterra.finetune.step import Trained, Tuning, make_optimiser, peaks_of, prepare
-from panterra.finetune.tasks import LossOptions, balanced_weights
+from panterra.finetune.tasks import LossOptions
 from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder, Fitted
 from panterra.models.weights import Model, load_model, weights_checksum
@@ -156,9 +158,13 @@ def finetune(
         class_weights=_class_weights(examples, look, tuning),
         label_smoothing=tuning.label_smoothing,
         spread=setup.spread,
+        dice=_dice_weights(examples, look, tuning),
     )
-    if options.class_weights is not None:
-        options = replace(options, class_weights=options.class_weights.to(where))
+    options = replace(
+        options,
+        class_weights=None if options.class_weights is None else options.class_weights.to(where),
+        dice=None if options.dice is None else options.dice.to(where),
+    )
     state = _train(model, trained, examples, tuning, options, look, folder, country, progress)
     _load_best(trained, folder)
     merge_lora(model.encoder)
@@ -213,7 +219,7 @@ def _train(
     weights = nn.ParameterList(trained.parameters.values())
     found = checkpoint.newest(folder / "checkpoints")
     if found is not None:
-        state.restore(checkpoint.load(found, weights, optimiser))
+        state.restore(checkpoint.load(found, weights, [optimiser]))
     steps = -(-len(examples.of("train")) // tuning.batch_size)
     schedule = Optimisation(
         lr=1.0, weight_decay=0, steps=steps * tuning.epochs, warmup_steps=int(tuning.warmup * steps * tuning.epochs)
@@ -248,7 +254,7 @@ def _train(
             state.charge(meter.report)
             figures = {f"val/{k}": examples.task.figure(k, checked.tallies) for k in examples.task.figures}
             log(state.epoch, {"loss": float(np.mean(losses)), "val/loss": checked.loss, **figures})
-            checkpoint.save(folder / "checkpoints", weights, optimiser, state.facts(), permanent=False)
+            checkpoint.save(folder / "checkpoints", weights, [optimiser], state.facts(), permanent=False)
     return state
 
 
@@ -426,6 +432,14 @@ def _class_weights(examples: Examples, look: Look, tuning: Tuning) -> Tensor | N
     if unknown := [name for name in asked if name not in names]:
         raise InputError(f"a weight came for {unknown[0]!r}; the classes are {', '.join(names)}")
     return torch.tensor([float(asked.get(name, 1.0)) for name in names])
+
+
+def _dice_weights(examples: Examples, look: Look, tuning: Tuning) -> Tensor | None:
+    if tuning.loss == "cross_entropy":
+        return None
+    if examples.task.name != "segmentation":
+        raise InputError(f"the Dice loss is of a class per cell, not of {examples.task.name}; leave it out")
+    return rarity(look.counts)
 
 
 def _sizes(examples: Examples) -> dict[str, Any]:

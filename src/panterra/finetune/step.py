@@ -52,6 +52,8 @@ class Tuning:
     """LoRA's change counts alpha / rank times."""
     class_weights: Literal["none", "balanced"] | Mapping[str, float] = "none"
     """balanced: as rare as a class is in the training part; or by class name, 1 where a name is missing."""
+    loss: Literal["cross_entropy", "dice"] = "cross_entropy"
+    """Of a segmentation; dice: both, the Dice loss with classes weighing by how rare they are in the training part."""
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Precision = "float32"
@@ -64,6 +66,8 @@ class Tuning:
                 f"method is {self.method!r} and precision {self.precision!r}; wanted full, head or lora, and float32 "
                 "or bfloat16"
             )
+        if self.loss not in ("cross_entropy", "dice"):
+            raise InputError(f"loss is {self.loss!r}; wanted cross_entropy or dice")
         if min(self.epochs, self.batch_size, self.patience) < 1 or self.head_first < 0:
             raise InputError("epochs, batch_size and patience must be 1 or more, and head_first 0 or more")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup < 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from panterra.data.labelled import IGNORE
 from panterra.errors import InputError
 from panterra.evaluate import metrics
+from panterra.evaluate.dice import dice_loss
 from panterra.finetune import boxes, precision
 
 Answer = Literal["classes", "labels", "values", "boxes"]
@@ -28,6 +29,8 @@ class LossOptions:
     class_weights: Float[Tensor, " k"] | None = None
     label_smoothing: float = 0.0
     """Share of a target that is spread over all classes."""
+    dice: Float[Tensor, " k"] | None = None
+    """How much each class counts in a Dice loss beside the cross-entropy, if there is one."""
     spread: float = 1.0
     """Standard deviation of values in the training data; errors count in it."""
 
@@ -71,16 +74,20 @@ class Task:
 
 
 def cross_entropy(scores: Float[Tensor, "b k *grid"], target: Int[Tensor, b * grid], options: LossOptions) -> Tensor:
-    """Average the cross-entropy over labelled cells, each weighing as its class does; -1 is no label."""
+    """Average the cross-entropy over labelled cells, each weighing as its class does; -1 is no label.
+
+    The Dice loss of all labelled cells together is added where asked for.
+    """
     if not bool((target != IGNORE).any()):
         return scores.sum() * 0
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         scores,
         target,
         weight=options.class_weights,
         ignore_index=IGNORE,
         label_smoothing=options.label_smoothing,
     )
+    return loss if options.dice is None else loss + dice_loss(scores, target, options.dice)
 
 
 def binary_cross_entropy(
@@ -224,17 +231,3 @@ def task_of(name: str) -> Task:
     if name not in TASKS:
         raise InputError(f"no task {name!r}; known: {', '.join(TASKS)}")
     return TASKS[name]
-
-
-def balanced_weights(counts: Int[np.ndarray, " k"], *, samples: int | None = None) -> Float[Tensor, " k"]:
-    """Weigh classes by how rare they are, so that all weigh the same together; 0 for a class that never occurs.
-
-    Of labels, of which each of `samples` may have several, the presence of one weighs as much as its absence.
-    """
-    present = counts > 0
-    weights = np.zeros(len(counts))
-    if samples is None:
-        weights[present] = counts.sum() / (present.sum() * counts[present])
-    else:
-        weights[present] = (samples - counts[present]) / counts[present]
-    return torch.tensor(weights, dtype=torch.float32)

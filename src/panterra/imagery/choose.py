@@ -6,13 +6,15 @@ import calendar
 import datetime as dt
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import shapely
 import shapely.geometry
 
 from panterra.errors import InputError
+from panterra.imagery.aoi import Area
+from panterra.imagery.grids import onto_globe, unwrapped
 from panterra.imagery.stac import SceneItem, baseline_of, parse_item
 
 Every = Literal["month", "season", "year", "all"]
@@ -86,8 +88,7 @@ def as_candidates(
         properties = raw["properties"]
         if item.modality != modality or (orbit and properties.get("sat:orbit_state") != orbit):
             continue
-        outline = shapely.geometry.shape(raw["geometry"]) if raw.get("geometry") else shapely.box(*raw["bbox"])
-        footprint = shapely.make_valid(outline).intersection(area)
+        footprint = shapely.make_valid(_outline(raw)).intersection(area)
         if footprint.area == 0:
             continue
         candidates.append(
@@ -102,6 +103,17 @@ def as_candidates(
             )
         )
     return sorted(candidates, key=lambda c: (c.item.date, c.item.id)), refused
+
+
+def within(candidates: Iterable[Candidate], part: Area) -> list[Candidate]:
+    """Keep what reaches into a part of the area, and of it what lies there; shares stay those of the whole area."""
+    cut = []
+    for candidate in candidates:
+        footprint = candidate.footprint.intersection(part.geometry)
+        if footprint.area > 0:
+            covers = footprint.area / part.geometry.area * part.share
+            cut.append(replace(candidate, footprint=footprint, covers=covers))
+    return cut
 
 
 def newest_versions(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -208,6 +220,15 @@ def _days(text: str) -> tuple[dt.date, dt.date]:
         return dt.date(year, rest[0], 1), dt.date(year, rest[0], calendar.monthrange(year, rest[0])[1])
     day = dt.date(year, *rest)
     return day, day
+
+
+def _outline(raw: Mapping[str, Any]) -> shapely.Geometry:
+    """Read the outline of an item, whether or not it is cut at the antimeridian."""
+    if raw.get("geometry"):
+        return unwrapped(shapely.geometry.shape(raw["geometry"]))
+    # With heights a bbox has six numbers.
+    (west, south), (east, north) = raw["bbox"][:2], raw["bbox"][len(raw["bbox"]) // 2 :][:2]
+    return onto_globe(shapely.box(west, south, east + 360 if west > east else east, north))
 
 
 def _scene(raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -103,11 +103,12 @@ def cut_out(web: Web, href: str, box: GeoBox, path: Path) -> None:
         try:
             with rasterio.open("asset", driver=_driver(file), opener=_only(file)) as source:
                 _copy(source, _window(source, box, href), partial)
+            partial.replace(path)
         except RasterioError as error:
             raise file.failure or InputError(f"cannot read {plain(href)}: {error}") from error
         finally:
             file.close()
-    partial.replace(path)
+            partial.unlink(missing_ok=True)
 
 
 def _driver(file: RangeFile) -> str:
@@ -132,7 +133,7 @@ def _window(source: DatasetReader, box: GeoBox, href: str) -> Window:
     """Find the part of a file under a box, with what interpolation and averaging reach beyond it."""
     if source.crs is None or source.transform.is_identity:
         raise InputError(f"cannot use {plain(href)}: it has no place on Earth")
-    west, south, east, north = transform_bounds(crs_for_rasterio(box.crs), source.crs, *box.boundingbox, densify_pts=51)
+    west, south, east, north = _bounds_in(source, box)
     corners = [~source.transform @ corner for corner in ((west, south), (west, north), (east, south), (east, north))]
     cols, rows = zip(*corners, strict=True)
     ratio = max((max(cols) - min(cols)) / box.shape.x, (max(rows) - min(rows)) / box.shape.y)
@@ -143,6 +144,18 @@ def _window(source: DatasetReader, box: GeoBox, href: str) -> Window:
     if left >= right or top >= bottom:
         raise InputError(f"{plain(href)} has no pixels in the area")
     return Window(left, top, right - left, bottom - top)
+
+
+def _bounds_in(source: DatasetReader, box: GeoBox) -> tuple[float, float, float, float]:
+    """Left, bottom, right, top of a box in the CRS of a file; over the antimeridian, on the side of the file."""
+    bounds = transform_bounds(crs_for_rasterio(box.crs), source.crs, *box.boundingbox, densify_pts=51)
+    west, south, east, north = (float(edge) for edge in bounds)
+    if west <= east:
+        return west, south, east, north
+    left, right = source.bounds.left, source.bounds.right
+    if right - left > 180:
+        return left, south, right, north
+    return (west, south, east + 360, north) if left + right > 0 else (west - 360, south, east, north)
 
 
 def _copy(source: DatasetReader, window: Window, path: Path) -> None:

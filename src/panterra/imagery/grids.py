@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import numpy as np
 import shapely
+from affine import Affine
 from odc.geo import CRS
 from odc.geo.geobox import GeoBox
 from rasterio.errors import RasterioError
 from rasterio.warp import transform, transform_bounds
 
+from panterra.errors import InputError
 from panterra.imagery.raster import crs_for_rasterio
 
 WIDE_M = 900_000
@@ -101,19 +103,89 @@ def footprint(box: GeoBox, *, per_side: int = 1) -> tuple[dict[str, Any], list[f
     if not around and path.min() >= -180 and path.max() <= 180:
         ring = [[float(a), float(b)] for a, b in zip(path, lat, strict=True)]
         return {"type": "Polygon", "coordinates": [ring]}, [*map(float, (path.min(), lat.min(), path.max(), lat.max()))]
+    whole = onto_globe(_ring(path, lat))
+    _, south, _, north = whole.bounds
+    west, east = (-180.0, 180.0) if around else (_turned(path.min()), _turned(path.max()))
+    return cast(dict[str, Any], shapely.geometry.mapping(whole)), [west, float(south), east, float(north)]
+
+
+def onto_globe(geometry: shapely.Geometry) -> shapely.Geometry:
+    """Bring polygons whose longitudes go on beyond 180 degrees into -180 to 180, cut at the antimeridian.
+
+    Their outer rings run counterclockwise (RFC 7946, sections 3.1.6 and 3.1.9).
+    """
+    # A collection may hold a MultiPolygon.
+    polygons = [part for part in shapely.get_parts(shapely.get_parts(geometry)) if part.geom_type == "Polygon"]
+    cut = [part for polygon in polygons for k in (-2, -1, 0, 1, 2) for part in _between(polygon, -180 + 360 * k)]
+    whole = shapely.get_parts(shapely.union_all(cut))
+    parts = [shapely.geometry.polygon.orient(part) for part in whole if part.geom_type == "Polygon"]
+    return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+
+
+def unwrapped(geometry: shapely.Geometry) -> shapely.Geometry:
+    """Read polygons as drawn on the globe, the shorter way from point to point, and cut them at the antimeridian.
+
+    So are the outlines of images meant that providers do not cut. What has no area then, as a strip around the
+    globe, stays as it is.
+    """
+    west, _, east, _ = geometry.bounds
+    if west >= -180 and east <= 180 and east - west <= 180:
+        return geometry
+    parts = []
+    for polygon in shapely.get_parts(geometry):
+        outer, *holes = (
+            _ring(_unwrapped(lon), lat)
+            for lon, lat in (shapely.get_coordinates(ring).T for ring in (polygon.exterior, *polygon.interiors))
+        )
+        drawn = onto_globe(shapely.make_valid(outer))
+        for hole in holes:
+            drawn = drawn.difference(onto_globe(shapely.make_valid(hole)))
+        parts.append(drawn if drawn.area else onto_globe(polygon))
+    return shapely.union_all(parts)
+
+
+def extent(geometry: shapely.Geometry) -> tuple[float, float, float, float]:
+    """Return the smallest west, south, east, north around polygons; over the antimeridian west is greater than east.
+
+    RFC 7946, section 5.2: it leaves out the widest gap between longitudes.
+    """
+    _, south, _, north = geometry.bounds
+    spans = sorted((part.bounds[0], part.bounds[2]) for part in shapely.get_parts(geometry))
+    west, reached = spans[0][0], spans[0][1]
+    gaps = []
+    for left, right in spans[1:]:
+        gaps.append((left - reached, left, reached))
+        reached = max(reached, right)
+    # Where two gaps are equally wide, the one at the antimeridian is left out.
+    _, west, east = max([(west + 360 - reached, west, reached), *gaps], key=lambda gap: gap[0])
+    return west, south, east, north
+
+
+def enclosing(boxes: Sequence[GeoBox], step: int) -> GeoBox:
+    """Return the smallest grid over several, in the CRS that `common_crs` chooses, on multiples of `step`."""
+    crs = common_crs(boxes)
+    edges = np.array([bounds_in(box, crs) for box in boxes])
+    if not np.isfinite(edges).all():
+        raise InputError("the parts of the area lie too far from each other for one grid; take them one by one")
+    return rounded((*edges[:, :2].min(0), *edges[:, 2:].max(0)), crs, step, pixel=step)
+
+
+def rounded(bounds: tuple[float, float, float, float], crs: CRS, step: int, *, pixel: int) -> GeoBox:
+    """Return the grid of a pixel size whose edges are the multiples of `step` around left, bottom, right, top."""
+    # What reaches a millionth of a step beyond an edge lies on it: degrees are rounded.
+    left, bottom = (math.floor(edge / step + 1e-6) * step for edge in bounds[:2])
+    right, top = (math.ceil(edge / step - 1e-6) * step for edge in bounds[2:])
+    shape = (round((top - bottom) / pixel), round((right - left) / pixel))
+    return GeoBox(shape, Affine(pixel, 0, left, 0, -pixel, top), crs)
+
+
+def _ring(path: np.ndarray, lat: np.ndarray) -> shapely.Polygon:
+    """Close a path of unwrapped longitudes: over the pole that it runs around, if it does."""
     points = list(zip(path, lat, strict=True))
-    if around:
+    if not math.isclose(path[0], path[-1], abs_tol=1e-6):
         pole = math.copysign(90, lat.mean())
         points += [(path[-1], pole), (path[0], pole)]
-    parts = [p for k in (-2, -1, 0, 1, 2) for p in _between(shapely.Polygon(points), -180 + 360 * k)]
-    south, north = (
-        min(lat.min(), -90 if around and pole < 0 else 90),
-        max(lat.max(), 90 if around and pole > 0 else -90),
-    )
-    west, east = (-180.0, 180.0) if around else (_turned(path.min()), _turned(path.max()))
-    parts = [shapely.geometry.polygon.orient(part) for part in shapely.get_parts(shapely.union_all(parts))]
-    whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
-    return cast(dict[str, Any], shapely.geometry.mapping(whole)), [west, float(south), east, float(north)]
+    return shapely.Polygon(points)
 
 
 def _between(polygon: shapely.Polygon, west: float) -> list[shapely.Polygon]:

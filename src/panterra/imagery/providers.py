@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,9 @@ from panterra.errors import InputError
 from panterra.imagery.signing import Access, copernicus_access, sign_planetary_computer, sign_s3
 from panterra.imagery.stac import SOURCES
 from panterra.modalities import MODALITIES
+
+LICENCE = "panterra:licence"
+"""The property that holds a licence in words."""
 
 _COPERNICUS = "Copernicus Sentinel data, free and open (Sentinel Data Legal Notice)"
 _USGS = "public domain (U.S. Geological Survey)"
@@ -28,6 +32,11 @@ LICENCES: Mapping[str, str] = {
     "srtm": "Copernicus DEM, free with attribution (ESA, Airbus)",
 }
 """Whoever serves them, the terms are those of who made them."""
+
+
+def licence_fields(words: str) -> dict[str, str]:
+    """State a licence in a STAC item: as an SPDX identifier where it is one, else as "other", with the words beside."""
+    return {"license": words} if re.fullmatch(r"[\w.+-]+", words) else {"license": "other", LICENCE: words}
 
 
 def _open_access() -> Access:

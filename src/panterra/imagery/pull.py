@@ -22,7 +22,7 @@ from panterra.errors import InputError
 from panterra.imagery.choose import Candidate
 from panterra.imagery.composite import blocks, compose_block
 from panterra.imagery.download import Advance, fetch_pieces, save_json
-from panterra.imagery.providers import LICENCES, Provider
+from panterra.imagery.providers import LICENCE, LICENCES, Provider, licence_fields
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import SCENE_FILE, Scene, SceneItem, make_item, modality_grid, open_scene, save_scene
 from panterra.imagery.wish import Connect, Image, Plan, Wish, connect, make_plan
@@ -96,13 +96,13 @@ def pull(
     items, decisions = [], list(plan.decisions)
     made = stage("composing") if stage else None
     for number, image in enumerate(plan.images, start=1):
-        item = _make(plan, image, pieces, parts / "scene", decisions)
+        item = _make(plan, image, pieces[image.area.box], parts / "scene", decisions)
         items += [] if item is None else [item]
         if made:
             made(number, len(plan.images))
     if not items:
         raise InputError(f"no image could be fetched: {failures[0]} (and {len(failures) - 1} more)")
-    licences = sorted({str(item.properties["license"]) for item in items})
+    licences = sorted({str(item.properties.get(LICENCE, item.properties["license"])) for item in items})
     save_scene(parts / "scene", items, title or out.name, "; ".join(licences))
     _replace(parts / "scene", out)
     shutil.rmtree(parts)
@@ -138,27 +138,31 @@ def _begin(parts: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
 
 def _fetch(
     plan: Plan, storage: _Storage, connect: Connect, stage: Stage | None
-) -> tuple[dict[str, Path], tuple[str, ...], int]:
-    pieces: dict[str, Path] = {}
+) -> tuple[dict[GeoBox, dict[str, Path]], tuple[str, ...], int]:
+    """Fetch what each grid needs of each file: the pieces by grid and address, what failed, and the bytes that came."""
+    pieces: dict[GeoBox, dict[str, Path]] = {}
     failures: list[str] = []
     received = 0
-    for provider in {image.provider.name: image.provider for image in plan.images}.values():
-        items = [c.item for image in plan.images if image.provider.name == provider.name for c in image.candidates]
+    wanted: dict[tuple[str, GeoBox], list[Image]] = {}
+    for image in plan.images:
+        wanted.setdefault((image.provider.name, image.area.box), []).append(image)
+    for (name, box), images in wanted.items():
+        provider = images[0].provider
         with ExitStack() as stack:
             web = None if storage.offline else stack.enter_context(connect(provider, provider.access()))
             came, failed = fetch_pieces(
-                [href for item in items for href in _hrefs(item, plan.wish)],
-                plan.area.box,
+                [href for image in images for c in image.candidates for href in _hrefs(c.item, plan.wish)],
+                box,
                 storage.pieces,
                 web,
                 readers=provider.readers,
                 note_failures=storage.keeps_failures,
-                progress=stage(f"fetching from {provider.name}") if stage else None,
+                progress=stage(f"fetching from {name}") if stage else None,
             )
             received += web.received if web else 0
-        pieces |= came
+        pieces.setdefault(box, {}).update(came)
         failures += failed.values()
-    return pieces, tuple(failures), received
+    return pieces, tuple(dict.fromkeys(failures)), received
 
 
 def _hrefs(item: SceneItem, wish: Wish) -> list[str]:
@@ -185,7 +189,7 @@ def _make(
         path.unlink(missing_ok=True)
         return None
     sources = " ".join(candidate.item.id for candidate in used)
-    box = plan.area.grid(image.modality)
+    box = image.area.grid(image.modality)
     if not _is_made(path, sources):
         local = [[_local(c.item, pieces, wish) for c in day] for day in days if day]
         _write(path, local, MODALITIES[image.modality], box, wish, sources)
@@ -252,7 +256,7 @@ def _describe(image: Image, used: Sequence[Candidate], box: GeoBox, path: Path, 
     spec = MODALITIES[image.modality]
     item = make_item(image.id, image.modality, image.date, modality_grid(spec, box), {"pixels": path})
     item.properties |= {
-        "license": LICENCES.get(image.modality, "unknown"),
+        **licence_fields(LICENCES.get(image.modality, "unknown")),
         "panterra:provider": image.provider.name,
         "panterra:composite": "best" if spec.kind == "still" else wish.composite,
         "panterra:sources": [{"id": c.item.id, "collection": c.collection} for c in used],

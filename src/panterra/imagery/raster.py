@@ -28,7 +28,7 @@ from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from rasterio._err import CPLE_BaseError
 from rasterio.control import GroundControlPoint
-from rasterio.enums import MaskFlags, Resampling
+from rasterio.enums import Interleaving, MaskFlags, Resampling
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.transform import GCPTransformer
@@ -42,6 +42,9 @@ CACHE_BYTES = 64 * 2**20
 
 MAX_OPEN = 16
 """Files that each thread keeps open."""
+
+OPEN_BYTES = 8 * 2**20
+"""What they may hold, or one file alone: of each, GDAL keeps the block that it decoded last, beside its cache."""
 
 REMOTE = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -327,10 +330,17 @@ def _handle(name: str) -> DatasetReader:
     handles: OrderedDict[tuple[Any, ...], DatasetReader] = _threads.__dict__.setdefault("handles", OrderedDict())
     if key not in handles:
         handles[key] = rasterio.open(name)
-        while len(handles) > MAX_OPEN:
+        while len(handles) > MAX_OPEN or (len(handles) > 1 and sum(map(_block_bytes, handles.values())) > OPEN_BYTES):
             handles.popitem(last=False)[1].close()
     handles.move_to_end(key)
     return handles[key]
+
+
+def _block_bytes(source: DatasetReader) -> int:
+    """Tell how large a decoded block of an open file is, of all bands where they lie together."""
+    height, width = source.block_shapes[0]
+    value = 8 if "complex" in source.dtypes[0] else np.dtype(source.dtypes[0]).itemsize
+    return int(height * width * value * (source.count if source.interleaving == Interleaving.pixel else 1))
 
 
 def _is_remote(name: str) -> bool:

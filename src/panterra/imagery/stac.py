@@ -908,7 +908,8 @@ def _date(raw: Mapping[str, Any]) -> dt.date:
 
 
 def _common_licence(features: Sequence[Mapping[str, Any]]) -> str | None:
-    stated = {feature.get("properties", {}).get("license") for feature in features}
+    told = [feature.get("properties", {}) for feature in features]
+    stated = {properties.get("panterra:licence", properties.get("license")) for properties in told}
     return stated.pop() if len(stated) == 1 else None
 
 

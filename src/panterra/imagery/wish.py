@@ -24,6 +24,7 @@ from panterra.imagery.choose import (
     newest_versions,
     parse_dates,
     periods,
+    within,
 )
 from panterra.imagery.composite import How
 from panterra.imagery.download import save_json
@@ -41,7 +42,7 @@ class Wish:
     """What to fetch and what to make of it."""
 
     aoi: str | Path
-    """A vector file, or west,south,east,north in degrees."""
+    """A vector file, or west,south,east,north in degrees; over the antimeridian west > east."""
     dates: str
     """Like 2024-01/2024-12."""
     modalities: tuple[str, ...]
@@ -66,6 +67,8 @@ class Image:
     id: str
     modality: str
     date: dt.date
+    area: Area
+    """What it shows, and on which grid."""
     provider: Provider
     days: tuple[tuple[Candidate, ...], ...]
     """What it is made of, in order of preference: the images of each date."""
@@ -97,12 +100,12 @@ class Plan:
     def bytes_of(self, image: Image) -> int:
         """Estimate what an image takes to fetch: its pixels as they are stored, before compression."""
         spec = MODALITIES[image.modality]
-        height, width = self.area.box.shape
+        height, width = image.area.box.shape
         square_metres = 100 * height * width
         pixels = sum(square_metres / band.gsd**2 for band in spec.bands)
         masked = self.wish.mask_clouds and any(c.item.mask for c in image.candidates)
         stored = pixels * (4 if spec.unit == "db" else 2) + (square_metres / 400 if masked else 0)
-        return round(sum(c.covers for c in image.candidates) * stored)
+        return round(sum(c.covers for c in image.candidates) / image.area.share * stored)
 
 
 def connect(provider: Provider, access: Access) -> Web:
@@ -135,15 +138,19 @@ def make_plan(
             f"({len(refused)} are of another kind, {len(usable) - len(newest)} older versions)"
         )
         decisions += [f"{modality}: left out: {reason}" for reason in list(dict.fromkeys(refused))[:3]]
-        if MODALITIES[modality].kind == "still":
-            images += _map(modality, provider, newest)
-            continue
-        for period in periods(first, last, wish.every):
-            made = _images(wish, modality, provider, newest, area, period)
-            images += made
-            if not made:
-                clouds = f" with {wish.max_cloud:g} % of clouds or less" if modality != "sentinel1" else ""
-                decisions.append(f"{modality}: no image in {period.label}{clouds}")
+        for part in area.parts:
+            there = within(newest, part) if area.cut else newest
+            place = f"_{str(part.box.crs).lower().replace(':', '')}" if area.cut else ""
+            if MODALITIES[modality].kind == "still":
+                images += _map(modality, provider, there, part, place)
+                continue
+            for period in periods(first, last, wish.every):
+                made = _images(wish, modality, provider, there, part, period, place)
+                images += made
+                if not made:
+                    clouds = f" with {wish.max_cloud:g} % of clouds or less" if modality != "sentinel1" else ""
+                    where = f" in {part.box.crs}" if area.cut else ""
+                    decisions.append(f"{modality}: no image in {period.label}{where}{clouds}")
     if not images:
         raise InputError(f"nothing to fetch; {'; '.join(decisions)}")
     return Plan(wish=wish, area=area, images=tuple(images), decisions=tuple(decisions))
@@ -158,23 +165,27 @@ def _search(
     kept: Path,
     connect: Connect | None,
 ) -> list[dict[str, Any]]:
-    """Search, or look up what the same search found before."""
-    west, south, east, north = (round(edge, 7) for edge in area.geometry.bounds)
-    asked = [provider.api, modality, [west, south, east, north], str(first), str(last)]
-    path = kept / f"search-{modality}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
-    if path.is_file():
-        return list(json.loads(path.read_text("utf-8"))["features"])
-    if connect is None:
-        raise InputError(
-            f"{kept} holds no search for {modality} at {provider.name} in that place and time; "
-            "replay what was recorded: the same --aoi, --dates, --modalities and --source"
-        )
-    access = provider.access()
-    with connect(provider, access) as web:
-        found = search(provider, modality, (west, south, east, north), first, last, web)
-    found = [_at_alternate(item, access.alternate) for item in found]
-    save_json(path, {"type": "FeatureCollection", "asked": asked, "features": found})
-    return found
+    """Search, or look up what the same search found before; what two searches find counts once."""
+    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for bounds in area.searched:
+        asked = [provider.api, modality, list(bounds), str(first), str(last)]
+        path = kept / f"search-{modality}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
+        if path.is_file():
+            answer = list(json.loads(path.read_text("utf-8"))["features"])
+        elif connect is None:
+            raise InputError(
+                f"{kept} holds no search for {modality} at {provider.name} in that place and time; "
+                "replay what was recorded: the same --aoi, --dates, --modalities and --source"
+            )
+        else:
+            access = provider.access()
+            with connect(provider, access) as web:
+                answer = search(provider, modality, bounds, first, last, web)
+            answer = [_at_alternate(item, access.alternate) for item in answer]
+            save_json(path, {"type": "FeatureCollection", "asked": asked, "features": answer})
+        for item in answer:
+            found.setdefault((item.get("collection"), item["id"]), item)
+    return list(found.values())
 
 
 def _at_alternate(item: dict[str, Any], name: str | None) -> dict[str, Any]:
@@ -188,7 +199,7 @@ def _at_alternate(item: dict[str, Any], name: str | None) -> dict[str, Any]:
     return {**item, "assets": assets}
 
 
-def _map(modality: str, provider: Provider, candidates: Sequence[Candidate]) -> list[Image]:
+def _map(modality: str, provider: Provider, candidates: Sequence[Candidate], area: Area, place: str) -> list[Image]:
     """Cover the area with the newest images of something that has no dates."""
     newest, _ = covering(sorted(candidates, key=lambda c: (-c.item.date.toordinal(), c.item.id)))
     if not newest:
@@ -196,9 +207,10 @@ def _map(modality: str, provider: Provider, candidates: Sequence[Candidate]) -> 
     dates = [candidate.item.date for candidate in newest]
     return [
         Image(
-            id=modality,
+            id=f"{modality}{place}",
             modality=modality,
             date=max(dates),
+            area=area,
             provider=provider,
             days=tuple((candidate,) for candidate in newest),
             first=min(dates),
@@ -208,17 +220,24 @@ def _map(modality: str, provider: Provider, candidates: Sequence[Candidate]) -> 
 
 
 def _images(
-    wish: Wish, modality: str, provider: Provider, candidates: Sequence[Candidate], area: Area, period: Period
+    wish: Wish,
+    modality: str,
+    provider: Provider,
+    candidates: Sequence[Candidate],
+    area: Area,
+    period: Period,
+    place: str,
 ) -> list[Image]:
-    """Choose the dates of a period: one image of all of them, or one of each."""
+    """Choose the dates of a period: one image of all of them, or one of each; `place` ends their names."""
     inside = [c for c in candidates if period.first <= c.item.date <= period.last and c.cloud <= wish.max_cloud]
     chosen = clearest(days_of(inside, zone=str(area.box.crs)), wish.best)
     if wish.composite == "none":
         return [
             Image(
-                id=f"{modality}_{day.date}",
+                id=f"{modality}_{day.date}{place}",
                 modality=modality,
                 date=day.date,
+                area=area,
                 provider=provider,
                 days=(day.images,),
                 first=day.date,
@@ -231,9 +250,10 @@ def _images(
     ranked = sorted(chosen, key=lambda day: (round(day.cloud, 1), day.date))
     return [
         Image(
-            id=f"{modality}_{period.label}",
+            id=f"{modality}_{period.label}{place}",
             modality=modality,
             date=period.middle,
+            area=area,
             provider=provider,
             days=tuple(day.images for day in ranked),
             first=period.first,

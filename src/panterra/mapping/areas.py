@@ -20,6 +20,7 @@ from pyproj.exceptions import CRSError
 from panterra.errors import InputError
 from panterra.imagery.grids import bounds_in, footprint
 from panterra.imagery.stac import Scene
+from panterra.mapping.embeddings import EmbeddingStore
 from panterra.mapping.search_query import read_places
 from panterra.mapping.tiles import Tile, Window
 from panterra.modalities import MODALITIES
@@ -76,13 +77,37 @@ def lay_grid(scene: Scene, resolution: float, *, crs: CRS | None = None, area: A
         raise InputError("the scene shows nothing of the area; wanted an area that meets the scene")
     # Weather and maps may reach far: the grid is that of what `geobox` looks at, and of the area.
     box = replace(scene, items=within).geobox(resolution, crs=crs)
-    west, south, east, north = _projected(area, box.crs).bounds
+    window = _window_around(_projected(area, box.crs).bounds, box)
+    if window is None:
+        raise InputError("the scene shows nothing of the area; wanted an area that meets the scene")
+    return box[window.slices]
+
+
+def cut_store(store: EmbeddingStore, *, box: GeoBox | None, area: Area | None) -> tuple[EmbeddingStore, Coverage]:
+    """View the patches of a store that reach into a box in its CRS, or into an area; outside of the area is nodata."""
+    assert store.box.crs is not None
+    if box is not None and box.crs != store.box.crs:
+        own = store.box.crs.proj.name
+        raise InputError(f"the box is in {box.crs}, the embeddings are in {own}; give an aoi, or a box in that CRS")
+    there = None if area is None else _projected(area, store.box.crs)
+    bounds = box.boundingbox.bbox if box is not None else there.bounds if there is not None else None
+    window = None if bounds is None else _window_around(bounds, store.box)
+    if window is None:
+        raise InputError("the embeddings show nothing of the area; wanted an area that meets them")
+    everywhere = np.array([[-math.inf, -math.inf, math.inf, math.inf]])
+    coverage = Coverage(grid=store.box[window.slices], seen=everywhere, area=there)
+    return store.part(window, coverage.inside), coverage
+
+
+def _window_around(bounds: tuple[float, float, float, float], box: GeoBox) -> Window | None:
+    """Return the pixels of a box that some bounds, in its CRS, reach into; None where there are none."""
+    west, south, east, north = bounds
     (left, top), (right, bottom) = (~box.affine @ corner for corner in ((west, north), (east, south)))
     rows = max(math.floor(top + 1e-6), 0), min(math.ceil(bottom - 1e-6), box.shape.y)
     cols = max(math.floor(left + 1e-6), 0), min(math.ceil(right - 1e-6), box.shape.x)
     if rows[0] >= rows[1] or cols[0] >= cols[1]:
-        raise InputError("the scene shows nothing of the area; wanted an area that meets the scene")
-    return box[slice(*rows), slice(*cols)]
+        return None
+    return Window(row=rows[0], col=cols[0], height=rows[1] - rows[0], width=cols[1] - cols[0])
 
 
 def _meets(grid: GeoBox, area: Area) -> bool:
@@ -134,6 +159,10 @@ class Coverage:
             return tuple(windows)
         inside = self.inside(tile.reach)
         return tuple(w for w in windows if inside[w.within(tile.reach).slices].any())
+
+    def reaches(self, window: Window) -> bool:
+        """Tell whether some of a window lies in the area and may be shown by an image."""
+        return bool(_touching(self.seen, self._bounds(window)).any() and self.inside(window).any())
 
     def inside(self, window: Window) -> Bool[np.ndarray, "h w"]:
         """Tell which patches of a window have their middle in the area."""

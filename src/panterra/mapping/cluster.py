@@ -18,6 +18,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,10 +31,12 @@ from typing import Any, Protocol, cast
 import torch
 from safetensors import SafetensorError
 
+from panterra.energy.meter import Usage
 from panterra.errors import InputError
 from panterra.finetune.model import FineTuned, load_finetuned
 from panterra.mapping import sources
 from panterra.mapping.blend import Canvas
+from panterra.mapping.detector import Detector
 from panterra.mapping.parts import Failure, Parts
 from panterra.mapping.sources import Canvases, Encoding, Stored, ahead
 from panterra.mapping.tiles import Tile
@@ -61,13 +64,18 @@ def check_on(on: str, work: Encoding | Stored, budget_kwh: float | None) -> None
         return
     if isinstance(work, Stored):
         raise InputError(f"stored embeddings need no encoder, so other workers bring nothing; leave out {on}")
-    if budget_kwh is not None:
-        raise InputError(f"a budget is kept for work in this process alone; leave out the budget or {on}")
-    if not isinstance(work.encoder, OlmoEarth | AnySat | FineTuned | Exported):
+    if not isinstance(work.encoder, OlmoEarth | AnySat | FineTuned | Exported | Detector):
         raise InputError(
             f"{work.encoder.name} cannot be loaded by other workers; use a model of panterra's own families, a "
             f"fine-tuned or an exported one, or leave out {on}"
         )
+    if budget_kwh is not None and _num_processes(on) is None and _device_of(work.encoder).startswith("cuda"):
+        raise InputError(f"what GPUs of other machines take is not known; leave out the budget or {on}")
+
+
+def _device_of(encoder: Encoder) -> str:
+    module = encoder.model if isinstance(encoder, Detector) else encoder
+    return str(next(module.parameters()).device) if isinstance(module, torch.nn.Module) else "cpu"
 
 
 def _num_processes(on: str) -> int | None:
@@ -77,12 +85,17 @@ def _num_processes(on: str) -> int | None:
 
 @contextlib.contextmanager
 def painters(
-    on: str, work: Encoding | Stored, parts: Parts, note: Callable[[str], None] | None
+    on: str,
+    work: Encoding | Stored,
+    parts: Parts,
+    *,
+    tell: Callable[[Usage], None],
+    note: Callable[[str], None] | None,
 ) -> Iterator[Canvases | None]:
     """Start workers for a job, and stop them; None where the job is to compute by itself.
 
-    Every worker loads the encoder once, from files. Raises InputError for encoders that are not made of files, and
-    where Ray is not installed or cannot be reached.
+    Every worker loads the encoder once, from files. With each tile they `tell` what they have used so far. Raises
+    InputError for encoders that are not made of files, and where Ray is not installed or cannot be reached.
     """
     if on == "local" or isinstance(work, Stored):
         yield None
@@ -99,7 +112,7 @@ def painters(
     if note:
         note(_told(on, crew.size, job.threads, alone=bool(processes)))
     with contextlib.closing(crew):
-        yield lambda tiles, advance: _canvases(crew, work, tiles, advance)
+        yield lambda tiles, advance: _canvases(crew, work, tiles, advance, tell)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -112,7 +125,7 @@ def _told(on: str, size: int, threads: int, *, alone: bool) -> str:
     said = f"{on}: {size} workers with {threads} {'threads' if threads > 1 else 'thread'} each"
     cores = os.cpu_count() or 1
     if not alone:
-        return f"{said}; the energy that is told is that of this machine alone"
+        return f"{said}; on other machines, electricity is modelled, and that of GPUs is not counted"
     if size * threads > cores:
         return f"{said} share {cores} cores; OMP_NUM_THREADS={max(cores // size, 1)} gives each its own"
     return said
@@ -128,10 +141,13 @@ class ModelFiles:
     folder: Path
     """Where the files are; workers that may be on other machines get `content` instead."""
     tuned: bool
+    about: Mapping[str, Any]
+    """What the encoder is, so that a worker knows whether it has the same."""
     settings: Mapping[str, Any]
     """Arguments of `load_model`."""
     device: str
     dtype: str | None
+    detects: bool = False
     content: Mapping[str, bytes] | None = None
 
     def carried(self) -> ModelFiles:
@@ -153,14 +169,18 @@ class ModelFiles:
     def _load(self, folder: Path) -> Encoder:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         if self.tuned:
-            return load_finetuned(folder, device=self.device).to(dtype=dtype)
+            model = load_finetuned(folder, device=self.device).to(dtype=dtype)
+            return Detector(model=model) if self.detects else model
         return cast(Encoder, weights.load_model(folder, device=self.device, dtype=dtype, **self.settings))
 
 
 def saved(encoder: Encoder, folder: Path) -> ModelFiles:
     """Save an encoder for workers."""
+    if isinstance(encoder, Detector):
+        return replace(saved(encoder.model, folder), detects=True)
+    about = weights.passport(encoder)
     if isinstance(encoder, Exported):
-        return ModelFiles(folder=Path(encoder.name), tuned=False, settings={}, device="cpu", dtype=None)
+        return ModelFiles(folder=Path(encoder.name), tuned=False, about=about, settings={}, device="cpu", dtype=None)
     if isinstance(encoder, FineTuned):
         encoder.save(folder, overwrite=True)
         settings: dict[str, Any] = {}
@@ -178,7 +198,12 @@ def saved(encoder: Encoder, folder: Path) -> ModelFiles:
     first = next(encoder.parameters())
     dtype = None if first.dtype == torch.float32 else str(first.dtype).removeprefix("torch.")
     return ModelFiles(
-        folder=folder, tuned=isinstance(encoder, FineTuned), settings=settings, device=str(first.device), dtype=dtype
+        folder=folder,
+        tuned=isinstance(encoder, FineTuned),
+        about=about,
+        settings=settings,
+        device=str(first.device),
+        dtype=dtype,
     )
 
 
@@ -195,7 +220,8 @@ class Job:
         """Load the encoder, and check that it is the one that was planned with."""
         torch.set_num_threads(self.threads)
         encoder = self.model.load()
-        planned, loaded = self.work.about["model"], weights.passport(encoder)
+        planned = self.model.about
+        loaded = weights.passport(encoder.model if isinstance(encoder, Detector) else encoder)
         other = sorted(k for k in {*planned, *loaded} - {"name", "source"} if planned.get(k) != loaded.get(k))
         if other:
             raise InputError(
@@ -216,15 +242,28 @@ Answer = Painted | Failure | InputError
 """An InputError says that a worker cannot work at all."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a worker answers, and what it has used so far."""
+
+    answer: Answer
+    used: Usage
+
+
 class Painter:
     """A worker: opens the job at its first tile."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._work: Encoding | None = None
+        self._started = time.perf_counter()
 
-    def paint(self, row: int, col: int) -> Answer:
+    def paint(self, row: int, col: int) -> Reply:
         """Paint a tile, by its number along rows and columns."""
+        answer = self._paint(row, col)
+        return Reply(answer=answer, used=Usage.since(self._started))
+
+    def _paint(self, row: int, col: int) -> Answer:
         try:
             self._work = work = self._work or self._job.open()
         except InputError as error:
@@ -248,21 +287,26 @@ class Crew(Protocol):
 
     size: int
 
-    def paint(self, tile: Tile) -> Answer: ...
+    def paint(self, tile: Tile) -> Reply: ...
 
     def close(self) -> None:
-        """Stop the workers; what they had in hand ends in WorkerDiedError."""
+        """Stop the workers, once or again; what they had in hand ends in WorkerDiedError."""
 
 
 def _canvases(
-    crew: Crew, work: Encoding, tiles: Iterable[Tile], advance: Callable[[int], None]
+    crew: Crew,
+    work: Encoding,
+    tiles: Iterable[Tile],
+    advance: Callable[[int], None],
+    tell: Callable[[Usage], None],
 ) -> Iterator[tuple[Tile, Canvas | Failure]]:
     closed = threading.Event()
     rows, cols = work.lattice.rows, work.lattice.cols
     tile_bytes = 4 * (rows.tile + rows.window) * (cols.tile + cols.window) * (work.dim + 1)
     most = in_flight(crew.size, tile_bytes)
+    made = ahead(lambda tile: _made(crew, tile, closed, tell), tiles, crew.size, most=most)
     try:
-        for tile, answer in ahead(lambda tile: _made(crew, tile, closed), tiles, crew.size, most=most):
+        for tile, answer in made:
             if isinstance(answer, InputError):
                 raise answer
             advance(work.cost(tile))
@@ -273,14 +317,17 @@ def _canvases(
                 yield tile, answer.canvas
     finally:
         closed.set()
+        crew.close()  # before `made` waits for the tiles in hand, which nobody wants any more
 
 
-def _made(crew: Crew, tile: Tile, closed: threading.Event) -> Answer:
+def _made(crew: Crew, tile: Tile, closed: threading.Event, tell: Callable[[Usage], None]) -> Answer:
     """Have a tile painted, by another worker where one dies, and again where it fails."""
     waits, deaths = iter(sources.WAITS_S), itertools.count(1)
     while True:
         try:
-            answer = crew.paint(tile)
+            reply = crew.paint(tile)
+            answer = reply.answer
+            tell(reply.used)
             wait = next(waits, None) if isinstance(answer, Failure) else None
         except WorkerDiedError as died:
             times = next(deaths)
@@ -309,20 +356,20 @@ class _Processes:
         self._lock = threading.Lock()
         self._closed = False
 
-    def paint(self, tile: Tile) -> Answer:
+    def paint(self, tile: Tile) -> Reply:
         worker, seat = self._idle.get(), None
         try:
             seat = worker = worker or self._start()
             worker.pipe.send((tile.row, tile.col))
-            answer: Answer | str = worker.pipe.recv()
+            reply: Reply | str = worker.pipe.recv()
         except (EOFError, OSError):
             seat = None
             raise WorkerDiedError(self._end(worker)) from None
         finally:
             self._idle.put(seat)
-        if isinstance(answer, str):
-            raise RuntimeError(f"a worker failed at tile {tile.name}:\n{answer}")
-        return answer
+        if isinstance(reply, str):
+            raise RuntimeError(f"a worker failed at tile {tile.name}:\n{reply}")
+        return reply
 
     def _start(self) -> _Worker:
         context = mp.get_context("spawn")
@@ -366,10 +413,10 @@ def _serve(pipe: Connection, job: Job) -> None:
         except EOFError:
             return
         try:
-            answer: Answer | str = painter.paint(row, col)
+            reply: Reply | str = painter.paint(row, col)
         except Exception:
-            answer = traceback.format_exc()
-        pipe.send(answer)
+            reply = traceback.format_exc()
+        pipe.send(reply)
 
 
 class _Ray:
@@ -403,22 +450,25 @@ class _Ray:
         for one in self._actors:
             self._idle.put(one)
 
-    def paint(self, tile: Tile) -> Answer:
+    def paint(self, tile: Tile) -> Reply:
         actor = self._idle.get()
         try:
-            answer: Answer = self._ray.get(actor.paint.remote(tile.row, tile.col))
+            reply: Reply = self._ray.get(actor.paint.remote(tile.row, tile.col))
         except self._ray.exceptions.RayTaskError:
             raise  # a mistake of ours
         except self._ray.exceptions.RayError as error:
             raise WorkerDiedError(str(error).strip().split("\n")[0]) from None
         finally:
             self._idle.put(actor)
+        answer = reply.answer
         if isinstance(answer, Painted):  # arrays of the object store are read-only, and fill it as long as they live
-            return replace(answer, canvas=answer.canvas.copy())
-        return answer
+            return replace(reply, answer=replace(answer, canvas=answer.canvas.copy()))
+        return reply
 
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
+        self._actors.clear()
         if self._ours:
             self._ray.shutdown()
+            self._ours = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,13 @@ from panterra.finetune.boxes import SAME, SHAPE, boxes_of, suppress
 from panterra.finetune.model import FineTuned, load_finetuned
 from panterra.imagery.grids import footprint, lonlat
 from panterra.imagery.stac import Scene, open_scene, pixel_metres
-from panterra.mapping.areas import read_area
-from panterra.mapping.effort import accounted
-from panterra.mapping.parts import Failure, Parts
-from panterra.mapping.passport import write_passport
-from panterra.mapping.run import Note, Progress, common_grid, counting
+from panterra.mapping.areas import Area, read_area
+from panterra.mapping.cluster import check_on
+from panterra.mapping.detector import Detector
+from panterra.mapping.parts import Parts, write_whole
+from panterra.mapping.run import Note, Progress, common_grid, complete, compute, conclude, one_grid
 from panterra.mapping.sources import Encoding
-from panterra.models.features import Features
-from panterra.sample import Batch
+from panterra.mapping.tiles import Tile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,40 +52,6 @@ class Detections:
     area_km2: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Patches:
-    """A detector as an encoder of patches: a patch's vector holds the scores of its cells.
-
-    So cells may be finer than the common grid, and scores are blended where windows overlap, as features are.
-    """
-
-    model: FineTuned
-
-    @property
-    def name(self) -> str:
-        return self.model.name
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return self.model.modalities
-
-    @property
-    def side(self) -> int:
-        return self.model.setup.head.side
-
-    @property
-    def dim(self) -> int:
-        return self.model.dim * self.side**2
-
-    def encode(self, batch: Batch, *, patch_m: float, dense: bool = False) -> Features:
-        assert patch_m == self.model.setup.patch_m, patch_m
-        device = next(self.model.parameters()).device
-        cells = self.model.encode(batch.to(device), patch_m=self.model.setup.output_m)
-        patches = rearrange(cells.patches, "b (h r) (w c) k -> b h w (r c k)", r=self.side, c=self.side)
-        valid = cells.valid[:, :: self.side, :: self.side]
-        return Features(patches=patches, summary=patches.mean((1, 2)), valid=valid, patch_m=patch_m)
-
-
 def detect(
     scene: Scene | str | Path,
     model: FineTuned | str | Path,
@@ -94,10 +60,12 @@ def detect(
     threshold: float | None = None,
     same: float = SAME,
     box: GeoBox | None = None,
-    aoi: str | Path | None = None,
+    crs: str | None = None,
+    aoi: str | Path | Area | None = None,
     tile_px: int | None = None,
     batch_windows: int = 8,
     workers: int = 1,
+    on: str = "local",
     overwrite: bool = False,
     country: str | None = None,
     budget_kwh: float | None = None,
@@ -111,7 +79,8 @@ def detect(
     tiles is there once, and the size of tiles does not matter beyond rounding. Objects count from the score
     `threshold` on; by default from the one that was best in validation.
 
-    Finished tiles lie in `<out>.parts`: after any interruption the same call goes on from there.
+    `crs`, `on`, what becomes of a tile that cannot be made and of a stopped call: as in `embed`. In such a tile no
+    objects are listed.
     """
     started, out = time.perf_counter(), Path(out)
     model = load_finetuned(model) if isinstance(model, str | Path) else model
@@ -124,11 +93,11 @@ def detect(
         raise InputError(f"a threshold of {threshold:g} and an IoU of {same:g} came; wanted both between 0 and 1")
     scene = model.narrow(scene if isinstance(scene, Scene) else open_scene(scene))
     area = read_area(aoi) if aoi is not None else None
-    encoder = _Patches(model=model)
+    encoder = Detector(model=model)
     work = Encoding.plan(
         scene,
         encoder,
-        box=box if box is not None else common_grid(scene, encoder, model.modalities, area=area),
+        box=one_grid(box, crs) or common_grid(scene, encoder, model.modalities, crs=crs, area=area),
         area=area,
         patch_m=model.setup.patch_m,
         modalities=model.modalities,
@@ -138,62 +107,72 @@ def detect(
         batch_windows=batch_windows,
         workers=workers,
     )
+    check_on(on, work, budget_kwh)
     about = {**model.about(), "threshold": threshold, "same": same}
     parts = Parts(out, {**work.job, "detector": about}, overwrite=overwrite)
-    advance = counting(work, progress)
-    with (
-        accounted("detect", work, parts, country=country, budget_kwh=budget_kwh, note=note) as account,
-        parts.guard(),
-    ):
-        advance(sum(work.cost(tile) for tile in work.tiles() if parts.has(tile)))
-        todo = (tile for tile in work.tiles() if not parts.has(tile))
-        for tile, patches in work.features(todo, parts, advance):
-            if isinstance(patches, Failure):
-                raise InputError(
-                    f"stopped, as tile {tile.name} could not be made: {patches.reason}; finished tiles are kept in "
-                    f"{parts.folder}, and the same job goes on from there when this is put right"
-                )
-            corner = tile.core.row * encoder.side, tile.core.col * encoder.side
-            parts.save(tile, _candidates(patches, encoder.side, model.dim, threshold, corner))
-            account.finish(tile)
-        saved = [parts.load(tile) for tile in work.tiles()]
-        found = {name: np.concatenate([some[name] for some in saved]) for name in ("row", "col", "scores")}
-        boxes, score, kind = _objects(**found)
-        kept = suppress(boxes, score, kind, same=same)
-        grid = GeoBox((1, 1), work.grid.affine @ Affine.scale(1 / encoder.side), work.grid.crs)
-        names = [c.name for c in model.classes]
-        features, areas = _features(boxes[kept], score[kept], kind[kept], grid, names)
-        _write(out, features)
-    counts = {name: int((kind[kept] == k).sum()) for k, name in enumerate(names)}
-    passport = out.with_name(f"{out.name}.json")
-    with parts.guard():
-        write_passport(
-            passport,
-            work.grid,
-            work.dates,
-            {"objects": pystac.Asset(str(out.absolute()), media_type=pystac.MediaType.GEOJSON, roles=["data"])},
-            energy=account.total,
-            area_km2=work.area_km2,
-            licence=work.licence,
-            properties={
-                "panterra:detector": about,
-                "panterra:objects": {"counts": counts, "areas_m2": areas},
-                **work.origin,
-                "panterra:encoder_seconds": round(work.encoder_seconds, 3),
-            },
-        )
-        parts.remove()
-    return Detections(
+    sink = _List(parts=parts, work=work, detector=encoder, threshold=threshold, same=same)
+    account = compute(
+        "detect", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
+    )
+    asset = pystac.Asset(str(out.absolute()), media_type=pystac.MediaType.GEOJSON, roles=["data"])
+    listed = {"counts": sink.counts, "areas_m2": sink.areas_m2}
+    told = {"panterra:detector": about, "panterra:objects": listed}
+    conclude(work, parts, {"objects": asset}, account.total, told)
+    made = Detections(
         path=out,
-        passport=passport,
+        passport=out.with_name(f"{out.name}.json"),
         threshold=threshold,
-        counts=counts,
-        areas_m2=areas,
+        counts=sink.counts,
+        areas_m2=sink.areas_m2,
         seconds=time.perf_counter() - started,
         energy=account.energy,
         impact=impact_of(account.total),
         area_km2=work.area_km2,
     )
+    return complete(made, work, parts, missing="list no objects")
+
+
+@dataclass(slots=True, kw_only=True)
+class _List:
+    """Tiles into a GeoJSON of objects; the candidates of each are kept in the parts."""
+
+    parts: Parts
+    work: Encoding
+    detector: Detector
+    threshold: float
+    same: float
+    counts: dict[str, int] = field(default_factory=dict)
+    areas_m2: dict[str, float] = field(default_factory=dict)
+
+    def __enter__(self) -> _List:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._write()
+
+    def put(self, tile: Tile, features: np.ndarray) -> None:
+        side = self.detector.side
+        corner = tile.core.row * side, tile.core.col * side
+        self.parts.save(tile, _candidates(features, side, self.detector.model.dim, self.threshold, corner))
+
+    def again(self, tile: Tile) -> None:
+        """Leave the candidates where they are."""
+
+    def _write(self) -> None:
+        """Read objects off the candidates of all tiles, each object once."""
+        saved = [self.parts.load(tile) for tile in self.work.tiles() if tile.name not in self.parts.failed]
+        found = {name: np.concatenate([some[name] for some in saved]) for name in ("row", "col", "scores")}
+        boxes, score, kind = _objects(**found)
+        kept = suppress(boxes, score, kind, same=self.same)
+        grid = GeoBox((1, 1), self.work.grid.affine @ Affine.scale(1 / self.detector.side), self.work.grid.crs)
+        names = [c.name for c in self.detector.model.classes]
+        features, self.areas_m2 = _features(boxes[kept], score[kept], kind[kept], grid, names)
+        self.counts = {name: int((kind[kept] == k).sum()) for k, name in enumerate(names)}
+        text = json.dumps({"type": "FeatureCollection", "features": features}) + "\n"
+        write_whole(self.parts.out, text.encode())
 
 
 def _known_threshold(model: FineTuned) -> float:
@@ -271,10 +250,3 @@ def _features(
         features.append({"type": "Feature", "geometry": geometry, "properties": told})
     areas = {name: round(float((width * height)[kind == k].sum()), 2) for k, name in enumerate(names)}
     return features, areas
-
-
-def _write(out: Path, features: list[dict[str, Any]]) -> None:
-    temporary = out.with_name(f".{out.name}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}) + "\n", encoding="utf-8")
-    temporary.replace(out)

@@ -18,7 +18,7 @@ from panterra.energy.impact import Figure, local_site
 from panterra.energy.ledger import Entry, Note, Status, read_ledger, this_machine
 from panterra.errors import InputError
 from panterra.imagery.stac import pixel_metres
-from panterra.mapping.parts import Parts
+from panterra.mapping.parts import Parts, write_whole
 from panterra.mapping.sources import Encoding, Stored
 from panterra.mapping.tiles import Tile
 
@@ -53,7 +53,7 @@ class Speed:
     """The most that any of the runs took."""
 
 
-def settings_of(work: Encoding | Stored) -> dict[str, Any]:
+def settings_of(work: Encoding | Stored, on: str = "local") -> dict[str, Any]:
     """Return what the speed of a job depends on, besides the model and the device."""
     if isinstance(work, Stored):
         return {"stored": True, "dim": work.dim}
@@ -63,6 +63,7 @@ def settings_of(work: Encoding | Stored) -> dict[str, Any]:
         "batch_windows": work.batch_windows,
         "modalities": list(work.modalities),
         "images": num_images(work),
+        **({} if on == "local" else {"on": on}),
     }
 
 
@@ -87,20 +88,20 @@ def area_km2(grid: GeoBox, pixels: int) -> float:
     return pixels * pixel_metres(grid) ** 2 / 1e6
 
 
-def known_speed(work: Encoding | Stored, entries: Sequence[Entry]) -> Speed | None:
+def known_speed(work: Encoding | Stored, entries: Sequence[Entry], on: str = "local") -> Speed | None:
     """Learn from earlier jobs what a window of this one takes; None where there was none like it.
 
-    Alike are jobs on this machine and device, with the same model and settings. Where none of them had as many dates,
-    others count in proportion to their dates.
+    Alike are jobs on this machine and device, with the same model and settings, and as many workers. Where none of
+    them had as many dates, others count in proportion to their dates.
     """
-    wanted, device, model = settings_of(work), device_of(work), model_of(work)
+    wanted, device, model = settings_of(work, on), device_of(work), model_of(work)
     images = wanted.pop("images", 1)
     alike: list[tuple[Entry, float]] = []
     for entry in entries:
         settings = dict(entry.settings)
         had = settings.pop("images", 1)
         same = (entry.machine, entry.device, entry.model, settings) == (this_machine(), device, model, wanted)
-        if same and entry.command in ("embed", "map") and entry.windows and entry.seconds > 0:
+        if same and entry.command in ("embed", "map", "detect") and entry.windows and entry.seconds > 0:
             alike.append((entry, images / had))
     exact = [(entry, scale) for entry, scale in alike if scale == 1]
     runs = (exact or alike)[-RECENT:]
@@ -150,6 +151,7 @@ class Account:
 
     command: str
     work: Encoding | Stored
+    on: str
     parts: Parts
     meter: EnergyMeter
     num_tiles: int
@@ -179,7 +181,8 @@ class Account:
         now = self.meter.so_far()
         used = self._with(now)
         # Whoever goes on with a job that is killed from here writes this start into the ledger.
-        self._keep(used, {"energy": now.as_dict(), "windows": self.windows, "pixels": self.pixels})
+        lost = {"energy": now.as_dict(), "windows": self.windows, "pixels": self.pixels, "on": self.on}
+        self._keep(used, lost)
         left = self.num_tiles - len(self.parts) - self.tiles
         if left > 0 and self.budget_kwh is not None and used.kwh >= self.budget_kwh:
             raise BudgetError(
@@ -193,15 +196,13 @@ class Account:
             return
         with contextlib.suppress(OSError):  # a full disk may be what stopped the job
             self._keep(self.total, None)
-        _record(self.command, self.work, self.energy, status, windows=self.windows, pixels=self.pixels)
+        _record(self.command, self.work, self.on, self.energy, status, windows=self.windows, pixels=self.pixels)
 
     def _with(self, report: EnergyReport) -> EnergyReport:
         return report if self.before is None else self.before + report
 
     def _keep(self, total: EnergyReport, unrecorded: Mapping[str, Any] | None) -> None:
-        fresh = self.parts.folder / "energy.json.tmp"
-        fresh.write_text(json.dumps({"total": total.as_dict(), "unrecorded": unrecorded}), encoding="utf-8")
-        fresh.replace(_file(self.parts))
+        write_whole(_file(self.parts), json.dumps({"total": total.as_dict(), "unrecorded": unrecorded}).encode())
 
 
 @contextlib.contextmanager
@@ -210,6 +211,7 @@ def accounted(
     work: Encoding | Stored,
     parts: Parts,
     *,
+    on: str,
     country: str | None,
     budget_kwh: float | None,
     note: Note | None,
@@ -224,7 +226,9 @@ def accounted(
         before = _earlier(command, work, parts)
         if budget_kwh is not None:
             windows, used = sum(work.cost(t) for t in tiles if not parts.has(t)), before.kwh if before else 0.0
-            expect(windows, known_speed(work, read_ledger(note=note)), budget_kwh, used=used)
+            entries = read_ledger(note=note)
+            # Who computes hardly matters for the electricity of a window.
+            expect(windows, known_speed(work, entries, on) or known_speed(work, entries), budget_kwh, used=used)
     except InputError:
         if not len(parts):
             parts.remove()
@@ -234,6 +238,7 @@ def accounted(
         account = Account(
             command=command,
             work=work,
+            on=on,
             parts=parts,
             meter=meter,
             num_tiles=len(tiles),
@@ -256,17 +261,18 @@ def _earlier(command: str, work: Encoding | Stored, parts: Parts) -> EnergyRepor
         _record(
             command,
             work,
+            lost.get("on", "local"),
             EnergyReport.of(lost["energy"]),
             "stopped",
             windows=lost["windows"],
             pixels=lost["pixels"],
         )
-        file.write_text(json.dumps({**told, "unrecorded": None}), encoding="utf-8")
+        write_whole(file, json.dumps({**told, "unrecorded": None}).encode())
     return EnergyReport.of(told["total"])
 
 
 def _record(
-    command: str, work: Encoding | Stored, energy: EnergyReport, status: Status, *, windows: int, pixels: int
+    command: str, work: Encoding | Stored, on: str, energy: EnergyReport, status: Status, *, windows: int, pixels: int
 ) -> None:
     record(
         command,
@@ -277,7 +283,7 @@ def _record(
         area_km2=area_km2(work.grid, pixels),
         pixels=pixels,
         windows=windows,
-        settings=settings_of(work),
+        settings=settings_of(work, on),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -86,6 +87,8 @@ class EmbeddingStore:
     """Rows and columns that are read together; a whole number of them makes a block."""
     _fetch: Callable[[Window], tuple[np.ndarray, np.ndarray | None]]
     """Reads a window as stored: [D, h, w], and of int8 the exponents of the scales [h, w]."""
+    offset: tuple[int, int] = (0, 0)
+    """Rows and columns of the first block that lie before the area; more than 0 in a part of a store."""
 
     @property
     def dates(self) -> list[dt.date]:
@@ -110,6 +113,38 @@ class EmbeddingStore:
         if window.row < 0 or window.col < 0 or window.row + window.height > height or window.col + window.width > width:
             raise InputError(f"{window} is not inside the {height} x {width} patches of {self.path}")
         return self._fetch(window)
+
+    def part(self, window: Window, inside: Callable[[Window], np.ndarray]) -> EmbeddingStore:
+        """View the patches in a window; those that are not `inside`, a mask of any window in it, are nodata.
+
+        Nothing is read but what lies around patches inside.
+        """
+        nodata = NO_BYTE if self.dtype == "int8" else np.nan
+
+        def fetch(wanted: Window) -> tuple[np.ndarray, np.ndarray | None]:
+            mask = inside(wanted)
+            codes = np.full((self.dim, *mask.shape), nodata, self.dtype)
+            exponent = np.full(mask.shape, NO_BYTE, np.int8) if self.dtype == "int8" else None
+            rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            if not len(rows):
+                return codes, exponent
+            near = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+            stored, scales = self._fetch(
+                Window(
+                    row=window.row + wanted.row + int(rows[0]),
+                    col=window.col + wanted.col + int(cols[0]),
+                    height=int(rows[-1] - rows[0] + 1),
+                    width=int(cols[-1] - cols[0] + 1),
+                )
+            )
+            kept = mask[near]
+            codes[:, *near][:, kept] = stored[:, kept]
+            if exponent is not None and scales is not None:
+                exponent[near][kept] = scales[kept]
+            return codes, exponent
+
+        before = (window.row + self.offset[0]) % self.block[0], (window.col + self.offset[1]) % self.block[1]
+        return replace(self, box=self.box[window.slices], offset=before, _fetch=fetch)
 
     def windows(self, *, multiple: int = 1) -> list[Window]:
         """Cut the store into windows of at most `BLOCK_BYTES` that read each chunk once, or begin at a `multiple`."""
@@ -257,6 +292,10 @@ def create_zarr(
         dimension_names=(),
         attributes={**crs.to_cf(), "GeoTransform": f"{a.c!r} {a.a!r} {a.b!r} {a.f!r} {a.d!r} {a.e!r}"},
     )
+    with warnings.catch_warnings():
+        # Readers such as xarray look for it first, though of version 3 it is not part of the specification yet.
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(str(path))
 
 
 def _grown(chunk: tuple[int, int], shard: tuple[int, int], most: int) -> tuple[int, int]:

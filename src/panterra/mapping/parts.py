@@ -141,6 +141,15 @@ class Parts:
         with safe_open(self._tile_path(tile), "numpy") as file:
             return {name: file.get_tensor(name) for name in (names if names is not None else file.keys())}
 
+    def require(self, tile: Tile, names: Sequence[str]) -> None:
+        """Refuse to go on with a finished tile of an earlier version, which kept less of it."""
+        with safe_open(self._tile_path(tile), "numpy") as file:
+            if not set(names) <= set(file.keys()):
+                raise InputError(
+                    f"{self.folder} holds tiles of an earlier version of panterra, which did not keep what the seam "
+                    "score needs; remove that folder, and the job starts afresh"
+                )
+
     def forget(self) -> None:
         """Take every tile for unfinished."""
         self._finished.clear()
@@ -171,9 +180,14 @@ class Parts:
         self._write(name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
 
     def _write(self, name: str, content: bytes) -> None:
-        temporary = self.folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
+        write_whole(self.folder / name, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, whenever the process or the machine stops."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

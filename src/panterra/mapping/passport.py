@@ -19,6 +19,7 @@ import panterra
 from panterra.energy import EnergyReport
 from panterra.energy.impact import impact_of
 from panterra.imagery.grids import footprint
+from panterra.imagery.providers import licence_fields
 from panterra.imagery.stac import pixel_metres
 from panterra.mapping.embeddings import proj_fields
 
@@ -56,7 +57,7 @@ def write_passport(
         start_datetime=_at(min(dates), dt.time.min) if dates else None,
         end_datetime=_at(max(dates), dt.time(23, 59, 59)) if dates else None,
         properties={
-            **({"license": licence} if licence else {}),
+            **(licence_fields(licence) if licence else {}),
             **proj_fields(box),
             "processing:datetime": _rfc3339(now),
             "processing:software": software(),

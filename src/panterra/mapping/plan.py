@@ -31,12 +31,14 @@ from panterra.finetune.model import FineTuned
 from panterra.imagery.raster import REMOTE, Bools, crs_for_rasterio
 from panterra.imagery.stac import MASKS, Scene, SceneItem, modality_grid, open_scene
 from panterra.imagery.wish import Plan as Wanted
-from panterra.mapping.effort import Speed, area_km2, device_of, joined, known_speed, model_of, spread
+from panterra.mapping.areas import Area, read_area
+from panterra.mapping.effort import Speed, device_of, joined, known_speed, model_of, spread
 from panterra.mapping.embeddings import Dtype
 from panterra.mapping.plan_area import scene_of, stated_clear, try_pixels
-from panterra.mapping.run import as_probe, check_fit, common_grid, embed, encoding_for, map_nodata
+from panterra.mapping.run import as_probe, check_fit, common_grid, embed, encoding_for, one_grid
+from panterra.mapping.sinks import map_nodata
 from panterra.mapping.sources import Encoding
-from panterra.mapping.tiles import Tile, Window
+from panterra.mapping.tiles import Window
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder
@@ -44,8 +46,8 @@ from panterra.models.features import Encoder
 CLEAR_PX = 256
 """The longer side of the grid on which clear observations are counted."""
 READERS = 8
-BLOCKS = ((0.5, 0.5), (0.25, 0.25), (0.5, 0.5), (0.75, 0.75))
-"""Where a few windows are tried, down and across."""
+SHARES = (0.5, 0.25, 0.5, 0.75)
+"""Where a few windows are tried, by the share of tiles before them."""
 PATIENCE_S = 60.0
 
 
@@ -116,7 +118,9 @@ class MapPlan:
     """Of the result, whose pixels are patches."""
     patch_m: float
     tiles: int
+    """In which there may be something to map."""
     windows: int
+    """That an image and the area reach into: those that `map` and `embed` count as they go."""
     imagery: tuple[Imagery, ...]
     volume: Volume
     peak_memory_gb: float
@@ -146,6 +150,8 @@ def plan_map(
     model: Encoder | str | Path | None = None,
     probe: Probe | FineTuned | str | Path | None = None,
     box: GeoBox | None = None,
+    crs: str | None = None,
+    aoi: str | Path | Area | None = None,
     patch_m: float | None = None,
     modalities: Sequence[str] | None = None,
     window_px: int | None = None,
@@ -162,15 +168,17 @@ def plan_map(
 ) -> MapPlan:
     """Say what `map` with a probe, or `embed` without one, would take with the same arguments.
 
-    Windows, pixels and bytes are exact. Time and energy come from earlier runs like this one in the ledger, or, with
-    `measure` and where there are none, from embedding a few windows now. For imagery that is still to be fetched, clear
-    observations are what providers state, and made-up windows are tried.
+    Windows, pixels and bytes are exact; what lies outside of `aoi` is not counted. Imagery that is still to be fetched
+    is planned for the area that it was searched for, unless `aoi` or `box` says otherwise. Time and energy come from
+    earlier runs like this one in the ledger, or, with `measure` and where there are none, from embedding a few windows
+    now; for imagery that is still to be fetched, clear observations are what providers state, and made-up windows are
+    tried.
     """
-    grid = local_grid(country)
+    grid, area = local_grid(country), read_area(aoi) if aoi is not None else None
     wanted: Wanted | None = None
     if isinstance(scene, Wanted):
         wanted, scene = scene, scene_of(scene)
-        box = wanted.area.box if box is None else box
+        area = wanted.area.geometry if area is None and box is None else area
     if probe is None:
         if model is None:
             raise InputError("which model? name one, or give a probe that names its own")
@@ -179,7 +187,8 @@ def plan_map(
         work = Encoding.plan(
             scene,
             encoder,
-            box=box if box is not None else common_grid(scene, encoder, modalities),
+            box=one_grid(box, crs) or common_grid(scene, encoder, modalities, crs=crs, area=area),
+            area=area,
             patch_m=patch_m or 40,
             modalities=modalities,
             window_px=window_px or 64,
@@ -195,7 +204,9 @@ def plan_map(
             probe,
             scene,
             model=model,
-            box=box,
+            box=one_grid(box, crs),
+            crs=crs,
+            area=area,
             patch_m=patch_m,
             modalities=modalities,
             window_px=window_px,
@@ -210,8 +221,9 @@ def plan_map(
     speed = None if measure else known_speed(work, read_ledger(note=note))
     speed = speed or (measure_speed if wanted is None else try_pixels)(work, country=country, note=note)
     rows, cols = work.grid.shape
-    windows = work.lattice.num_windows
-    volume = _volume(work, wanted, written=rows * cols * per_pixel)
+    load = _load_of(work)
+    windows = load.windows
+    volume = _volume(work, wanted, values=load.values, written=rows * cols * per_pixel)
     seconds = speed.seconds * windows
     stands_for = impact(
         speed.kwh * windows,
@@ -223,15 +235,15 @@ def plan_map(
     return MapPlan(
         model=str(model_of(work)),
         device=device_of(work),
-        area_km2=area_km2(work.grid, rows * cols),
+        area_km2=work.area_km2,
         rows=rows,
         cols=cols,
         patch_m=work.patch_m,
-        tiles=work.lattice.num_tiles,
+        tiles=load.tiles,
         windows=windows,
         imagery=imagery,
         volume=volume,
-        peak_memory_gb=max(_peak_memory_gb(work), speed.peak_memory_gb or 0.0),
+        peak_memory_gb=max(_peak_memory_gb(work, load), speed.peak_memory_gb or 0.0),
         speed=speed,
         seconds=seconds,
         impact=stands_for,
@@ -316,8 +328,32 @@ def _nearest(href: str, band: int, grid: GeoBox) -> tuple[np.ndarray, Bools]:
         raise InputError(f"cannot read {href}: {str(error).splitlines()[0]}") from error
 
 
-def _volume(work: Encoding, wanted: Wanted | None, *, written: int) -> Volume:
-    values = sum(_num_values(work, tile) for tile in work.tiles() if tile.windows)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What of the lattice there is to do."""
+
+    tiles: int
+    windows: int
+    values: int
+    """That are read for all tiles."""
+    largest: int
+    """That are read for one."""
+
+
+def _load_of(work: Encoding) -> _Load:
+    """Go through the tiles as a run would, without reading."""
+    tiles = windows = values = largest = 0
+    for tile in work.tiles():
+        wanted = work.coverage.windows(tile)
+        tiles += bool(wanted) or work.coverage.reaches(tile.core)
+        if wanted:
+            windows += len(wanted)
+            read = _num_values(work, wanted)
+            values, largest = values + read, max(largest, read)
+    return _Load(tiles=tiles, windows=windows, values=values, largest=largest)
+
+
+def _volume(work: Encoding, wanted: Wanted | None, *, values: int, written: int) -> Volume:
     if wanted is not None:
         fetched = sum(wanted.bytes_of(image) for image in wanted.images if image.modality in work.modalities)
         return Volume(files=None, decoded=4 * values, transferred=fetched, written=written)
@@ -333,26 +369,25 @@ def _volume(work: Encoding, wanted: Wanted | None, *, written: int) -> Volume:
     )
 
 
-def _num_values(work: Encoding, tile: Tile) -> int:
-    """Count the values that are read for the windows of a tile."""
-    first, last = tile.windows[0], tile.windows[-1]
-    rows = slice(first.row * work.patch_px, (last.row + last.height) * work.patch_px)
-    cols = slice(first.col * work.patch_px, (last.col + last.width) * work.patch_px)
+def _num_values(work: Encoding, windows: Sequence[Window]) -> int:
+    """Count the values that are read for windows of a tile: of all that they cover together."""
+    first, last = min(w.row for w in windows), max(w.row + w.height for w in windows)
+    left, right = min(w.col for w in windows), max(w.col + w.width for w in windows)
+    rows, cols = (slice(n * work.patch_px, m * work.patch_px) for n, m in ((first, last), (left, right)))
     box, total = work.box[rows, cols], 0
     for spec in (MODALITIES[name] for name in work.modalities):
         total += math.prod(modality_grid(spec, box).shape) * len(work.scene.dates(spec.name)) * len(spec.bands)
     return total
 
 
-def _peak_memory_gb(work: Encoding) -> float:
+def _peak_memory_gb(work: Encoding, load: _Load) -> float:
     """Add the largest tiles in work to what this process takes now; the pixels of a window through the model count.
 
     Pixels are held for the tile in work, those read ahead and one being put together; features for those in work,
     blended and being written.
     """
-    largest = max((_num_values(work, tile) for tile in work.tiles() if tile.windows), default=0)
     cells = work.lattice.rows.tile * work.lattice.cols.tile
-    pixels = (work.workers + 2) * largest * (4 + 1 / 4)
+    pixels = (work.workers + 2) * load.largest * (4 + 1 / 4)
     return peak_memory_gb() + (pixels + 3 * 4 * cells * work.dim) / 1e9
 
 
@@ -365,15 +400,15 @@ def measure_speed(work: Encoding, *, country: str | None = None, note: Note | No
     The first place is for warming up; it counts alone where it took longer than `PATIENCE_S`.
     """
     if note:
-        note(f"measuring: a few windows go through {work.encoder.name}, at {len(BLOCKS) - 1} places of the area")
+        note(f"measuring: a few windows go through {work.encoder.name}, at {len(SHARES) - 1} places of the area")
     tried: list[EnergyReport] = []
     with tempfile.TemporaryDirectory(prefix="panterra-plan-") as folder:
-        for number, (down, across) in enumerate(BLOCKS):
+        for number, block in enumerate(_places(work)):
             store = embed(
                 work.scene,
                 work.encoder,
                 Path(folder) / f"block{number}.zarr",
-                box=work.box[_block(work, down, across).scaled(work.patch_px).slices],
+                box=work.box[block.scaled(work.patch_px).slices],
                 patch_m=work.patch_m,
                 modalities=work.modalities,
                 window_px=work.about["window_px"],
@@ -411,16 +446,23 @@ def _block_windows(work: Encoding) -> tuple[int, int]:
     return down, min(work.batch_windows // down, work.lattice.cols.num_windows)
 
 
-def _block(work: Encoding, down: float, across: float) -> Window:
-    """Place a batch of windows in the area, by the share of the room above and to the left of it; in patches."""
+def _places(work: Encoding) -> list[Window]:
+    """Place batches of windows where there may be something to map, in patches."""
+    tiles = [(tile.row, tile.col) for tile in work.tiles() if work.cost(tile)]
+    if not tiles:
+        raise InputError("nothing can be measured, as no image shows the area; wanted an area that meets the scene")
     rows, cols = work.lattice.rows, work.lattice.cols
-    sizes = []
-    for axis, number in zip((rows, cols), _block_windows(work), strict=True):
-        sizes.append(min(axis.window + (number - 1) * axis.stride, axis.size))
-    (height, width) = sizes
-    return Window(
-        row=int(down * (rows.size - height)), col=int(across * (cols.size - width)), height=height, width=width
+    height, width = (
+        min(axis.window + (number - 1) * axis.stride, axis.size)
+        for axis, number in zip((rows, cols), _block_windows(work), strict=True)
     )
+    places = []
+    for share in SHARES:
+        windows = work.coverage.windows(work.lattice.tile(*tiles[int(share * (len(tiles) - 1))]))
+        middle = windows[len(windows) // 2]
+        row, col = min(middle.row, rows.size - height), min(middle.col, cols.size - width)
+        places.append(Window(row=row, col=col, height=height, width=width))
+    return places
 
 
 # What it costs --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def scene_of(found: Plan) -> Scene:
                 modality=image.modality,
                 date=image.date,
                 assets=(),
-                grid=found.area.grid(image.modality),
+                grid=image.area.grid(image.modality),
             )
             for image in found.images
         )

@@ -5,52 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import pystac
-import rasterio
 from odc.geo.geobox import GeoBox
-from rasterio.windows import Window as FileWindow
 
 from panterra.energy import EnergyReport
 from panterra.energy.impact import Impact, impact_of
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe, load_probe
 from panterra.finetune.model import FineTuned, is_finetuned, load_finetuned
-from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import Scene, open_scene
-from panterra.mapping.areas import Area, lay_grid, parse_crs, read_area
+from panterra.mapping.areas import Area, Coverage, cut_store, lay_grid, parse_crs, read_area
 from panterra.mapping.cluster import check_on, painters
 from panterra.mapping.effort import Account, accounted
 from panterra.mapping.embeddings import (
     DTYPES,
     INT8_RULE,
-    NO_BYTE,
     Dtype,
     EmbeddingStore,
-    cog_band_names,
-    cog_bands,
-    cog_tags,
-    create_zarr,
     open_embeddings,
-    write_zarr,
 )
-from panterra.mapping.parts import Failure, IncompleteError, Parts
+from panterra.mapping.parts import Failure, IncompleteError, Parts, write_whole
 from panterra.mapping.passport import write_passport
-from panterra.mapping.seams import KEYS, PROPERTY, SeamScore, seam_score, tile_seams
+from panterra.mapping.seams import KEYS, PROPERTY, SeamScore, seam_score
+from panterra.mapping.sinks import Sink, embedding_sink, is_tif, map_asset, map_sink, tif_asset
 from panterra.mapping.sources import Encoding, Stored
-from panterra.mapping.tiles import Borders, Tile
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder, Fitted
@@ -136,7 +122,7 @@ def embed(
     """
     area = read_area(aoi) if aoi is not None else None
     encoder, scene, out = _as_encoder(model), _as_scene(scene), Path(out)  # a model may declare modalities of its own
-    cog = out.suffix.lower() in (".tif", ".tiff")
+    cog = is_tif(out)
     if dtype not in DTYPES:
         raise InputError(f"embeddings of type {dtype!r} were asked for; wanted one of {', '.join(DTYPES)}")
     if cog and dtype == "float16":
@@ -146,7 +132,7 @@ def embed(
     work = Encoding.plan(
         scene,
         encoder,
-        box=_one_grid(box, crs) or common_grid(scene, encoder, modalities, crs=crs, area=area),
+        box=one_grid(box, crs) or common_grid(scene, encoder, modalities, crs=crs, area=area),
         patch_m=patch_m,
         modalities=modalities,
         area=area,
@@ -159,47 +145,9 @@ def embed(
 
     check_on(on, work, budget_kwh)
 
-    def about() -> dict[str, Any]:
-        return {**work.about, "licence": scene.licence}
-
     parts = Parts(out, {**work.job, "dtype": dtype}, overwrite=overwrite)
-    sink: _Cogs | _Zarr
-    if cog:
-        names, nodata = cog_band_names(encoder.dim, dtype), NO_BYTE if dtype == "int8" else math.nan
-        sink = _Cogs(
-            parts=parts,
-            convert=lambda features: {"embeddings": cog_bands(features, dtype)},
-            tiles=work.tiles,
-            borders=work.borders,
-            create=lambda folder: {
-                "embeddings": CogWriter(
-                    folder / out.name,
-                    work.grid,
-                    len(names),
-                    dtype,
-                    nodata=nodata,
-                    band_names=names,
-                    tags=cog_tags(about(), dtype),
-                )
-            },
-        )
-    else:
-        rows, cols = work.lattice.rows, work.lattice.cols
-        sink = _Zarr(
-            parts=parts,
-            num_tiles=work.lattice.num_tiles,
-            borders=work.borders,
-            create=lambda path: create_zarr(
-                path,
-                work.grid,
-                dim=encoder.dim,
-                dtype=dtype,
-                shard=(rows.tile, cols.tile),
-                chunk=(rows.stride, cols.stride),
-                about=about(),
-            ),
-        )
-    account = _run(
+    sink = embedding_sink(work, out, dtype, parts)
+    account = compute(
         "embed", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
     )
     media_type = pystac.MediaType.COG if cog else "application/vnd.zarr; version=3"
@@ -209,8 +157,9 @@ def embed(
         "emb:dimensions": encoder.dim,
         **({"emb:quantization": INT8_RULE} if dtype == "int8" else {}),
     }
-    _conclude(work, parts, {"embeddings": asset}, account.total, about_embeddings)
-    return _complete(open_embeddings(out), work, parts)
+    seams = _seams(work, parts)
+    conclude(work, parts, {"embeddings": asset}, account.total, {**about_embeddings, PROPERTY: seams.as_dict()})
+    return complete(open_embeddings(out), work, parts)
 
 
 def map(
@@ -243,6 +192,7 @@ def map(
     blended as features are, on the grid of its answer. It maps scenes alone.
 
     Classes are written as their codes with palette and names, values as float32; places without data are nodata.
+    Of stored embeddings, which keep their grid, `box` (in their CRS) or `aoi` cut out what is mapped and read.
     `probabilities` adds `<out>_probabilities.tif`, one float32 band per class. What the encoder should be, which
     modalities it sees and how large patches and windows are comes from the probe where it is not given; stored
     embeddings need no encoder. Statistics that the probe's features were standardised by go before all others. Windows
@@ -253,26 +203,35 @@ def map(
     probe = as_probe(probe) if isinstance(probe, str | Path) else probe
     if probe.task == "boxes":
         raise InputError("the model finds objects, which are listed rather than mapped; use panterra detect")
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if not is_tif(out):
         raise InputError(f"a map is written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if probabilities and probe.task != "classes":
         raise InputError("the probe predicts values, which have no probabilities; leave them out")
+    area = read_area(aoi) if aoi is not None else None
     work: Encoding | Stored
+    cut: Coverage | None = None
     if isinstance(scene, EmbeddingStore) or (not isinstance(scene, Scene) and _is_store(scene)):
         if isinstance(probe, FineTuned):
             raise InputError("a fine-tuned model maps scenes, not stored embeddings; give the scene itself")
-        if any(given is not None for given in (box, crs, aoi, model)):
-            raise InputError("stored embeddings have their own area and encoder; leave out box, crs, aoi and model")
+        if model is not None:
+            raise InputError("stored embeddings need no encoder; leave out model")
+        if crs is not None:
+            raise InputError(
+                "stored embeddings keep the grid they were made on, as vectors between its patches are not known; "
+                "leave out crs, or map the scene itself"
+            )
         store = scene if isinstance(scene, EmbeddingStore) else open_embeddings(scene)
+        if box is not None or area is not None:
+            store, cut = cut_store(store, box=box, area=area)
         work = Stored(store=store, workers=workers)
     else:
         work = encoding_for(
             probe,
             scene,
             model=model,
-            box=_one_grid(box, crs),
+            box=one_grid(box, crs),
             crs=crs,
-            area=read_area(aoi) if aoi is not None else None,
+            area=area,
             patch_m=patch_m,
             modalities=modalities,
             window_px=window_px,
@@ -285,16 +244,25 @@ def map(
     check_on(on, work, budget_kwh)
     about_probe = _probe_passport(probe)
     beside = out.with_name(f"{out.stem}_probabilities.tif") if probabilities else None
-    assets = {"map": _map_asset(probe, out)}
+    assets = {"map": map_asset(probe, out)}
     if beside is not None:
         bands = [{"name": c.name} for c in probe.classes]
-        assets["probabilities"] = _tif_asset(beside, bands=bands, data_type="float32")
-    parts = Parts(out, {**work.job, "probe": about_probe, "probabilities": probabilities}, overwrite=overwrite)
-    sink = _map_sink(probe, work, out, beside, parts)
-    account = _run(
+        assets["probabilities"] = tif_asset(beside, bands=bands, data_type="float32")
+    within = {} if cut is None else {"box": [*cut.grid.shape, *tuple(cut.grid.affine)[:6]], "area": cut.fingerprint}
+    job = {**work.job, **within, "probe": about_probe, "probabilities": probabilities}
+    parts = Parts(out, job, overwrite=overwrite)
+    sink = map_sink(probe, work, out, beside, parts)
+    account = compute(
         "map", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
     )
-    seams = _conclude(work, parts, assets, account.total, {"panterra:probe": about_probe})
+    seams = _seams(work, parts)
+    area_km2 = work.area_km2 if cut is None else cut.area_km2
+    told = {
+        "panterra:probe": about_probe,
+        "panterra:options": {**work.origin["panterra:options"], **within},
+        PROPERTY: seams.as_dict(),
+    }
+    conclude(work, parts, assets, account.total, told, area_km2=area_km2)
     result = MapResult(
         path=out,
         passport=_beside(out),
@@ -303,10 +271,10 @@ def map(
         encoder_seconds=work.encoder_seconds,
         energy=account.energy,
         impact=impact_of(account.total),
-        area_km2=work.area_km2,
+        area_km2=area_km2,
         seams=seams,
     )
-    return _complete(result, work, parts)
+    return complete(result, work, parts)
 
 
 def encoding_for(
@@ -351,11 +319,11 @@ def encoding_for(
     )
 
 
-def _run(
+def compute(
     command: str,
     work: Encoding | Stored,
     parts: Parts,
-    sink: _Cogs | _Zarr,
+    sink: Sink,
     *,
     on: str,
     country: str | None,
@@ -365,7 +333,7 @@ def _run(
 ) -> Account:
     """Bring every tile into the sink; the thread that writes also applies the probe, while the encoder goes on."""
     advance = counting(work, progress)
-    with accounted(command, work, parts, country=country, budget_kwh=budget_kwh, note=note) as account:
+    with accounted(command, work, parts, on=on, country=country, budget_kwh=budget_kwh, note=note) as account:
         if isinstance(work, Encoding):
             _standardise(work, parts, note)
         with parts.guard(), sink:
@@ -375,7 +343,10 @@ def _run(
             advance(sum(work.cost(tile) for tile in finished))
             todo = (tile for tile in work.tiles() if not parts.has(tile))
             in_a_row = 0
-            with painters(on, work, parts, note) as canvases, ThreadPoolExecutor(1, "panterra-write") as writer:
+            with (
+                painters(on, work, parts, tell=account.meter.tell, note=note) as canvases,
+                ThreadPoolExecutor(1, "panterra-write") as writer,
+            ):
                 writing: deque[Future[None]] = deque()
                 for tile, features in work.features(todo, parts, advance, canvases):
                     if isinstance(features, Failure):
@@ -417,15 +388,15 @@ def _stopped(parts: Parts, why: str) -> InputError:
     )
 
 
-def _complete(result: Result, work: Encoding | Stored, parts: Parts) -> Result:
-    """Return what was made, or raise IncompleteError where tiles are missing in it."""
+def complete(result: Result, work: Encoding | Stored, parts: Parts, *, missing: str = "are nodata") -> Result:
+    """Return what was made, or raise IncompleteError, with what became of them, where tiles are missing in it."""
     if not parts.failed:
         return result
     name, reason = next(iter(parts.failed.items()))
     raise IncompleteError(
-        f"{parts.out} is complete but for {len(parts.failed)} of {sum(1 for _ in work.tiles())} tiles, which are "
-        f"nodata (the passport lists them): tile {name} {reason}; the others are kept in {parts.folder}, and the same "
-        "job tries these again",
+        f"{parts.out} is complete but for {len(parts.failed)} of {sum(1 for _ in work.tiles())} tiles, which "
+        f"{missing} (the passport lists them): tile {name} {reason}; the others are kept in {parts.folder}, and the "
+        "same job tries these again",
         failed=parts.failed,
         result=result,
     )
@@ -451,9 +422,7 @@ def _standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
                 parts.remove()
             raise InputError(f"statistics of {', '.join(missing)} cannot be fitted to the scene: {error}") from error
         with parts.guard():
-            fresh = saved.with_name(f"{saved.name}.tmp")
-            fresh.write_text(json.dumps(fitted), encoding="utf-8")
-            fresh.replace(saved)
+            write_whole(saved, json.dumps(fitted).encode())
     work.encoder = encoder.with_statistics(json.loads(saved.read_text(encoding="utf-8")))
     work.about["model"] = work.origin["panterra:model"] = weights.passport(work.encoder)
 
@@ -470,35 +439,40 @@ def in_blocks(scene: Scene, box: GeoBox, modalities: Sequence[str]) -> Iterator[
                 yield scene.batch(box[row : min(row + side, height), col : min(col + side, width)], [name])
 
 
-def _conclude(
+def _seams(work: Encoding | Stored, parts: Parts) -> SeamScore:
+    """Tell how far borders show."""
+    with parts.guard():
+        return seam_score(work.tiles(), lambda t: None if t.name in parts.failed else parts.load(t, KEYS))
+
+
+def conclude(
     work: Encoding | Stored,
     parts: Parts,
     assets: Mapping[str, pystac.Asset],
     energy: EnergyReport,
     properties: Mapping[str, Any],
-) -> SeamScore:
-    """Tell how far borders show, write the passport and take the parts away, unless tiles are to be tried again."""
+    *,
+    area_km2: float | None = None,
+) -> None:
+    """Write the passport and take the parts away, unless tiles are to be tried again."""
     with parts.guard():
-        seams = seam_score(work.tiles(), lambda t: None if t.name in parts.failed else parts.load(t, KEYS))
         write_passport(
             _beside(parts.out),
             work.grid,
             work.dates,
             assets,
             energy=energy,
-            area_km2=work.area_km2,
+            area_km2=work.area_km2 if area_km2 is None else area_km2,
             licence=work.licence,
             properties={
-                **properties,
                 **work.origin,
+                **properties,
                 "panterra:encoder_seconds": round(work.encoder_seconds, 3),
-                PROPERTY: seams.as_dict(),
                 **({"panterra:failed_tiles": _failed_tiles(work, parts)} if parts.failed else {}),
             },
         )
         if not parts.failed:
             parts.remove()
-    return seams
 
 
 def _failed_tiles(work: Encoding | Stored, parts: Parts) -> list[dict[str, Any]]:
@@ -519,7 +493,7 @@ def _as_scene(scene: Scene | str | Path) -> Scene:
 
 
 def _is_store(path: str | Path) -> bool:
-    return (Path(path) / "zarr.json").is_file() or Path(path).suffix.lower() in (".tif", ".tiff")
+    return (Path(path) / "zarr.json").is_file() or is_tif(path)
 
 
 def common_grid(
@@ -537,7 +511,8 @@ def common_grid(
     return lay_grid(scene, resolution, crs=parse_crs(crs) if crs is not None else None, area=area)
 
 
-def _one_grid(box: GeoBox | None, crs: str | None) -> GeoBox | None:
+def one_grid(box: GeoBox | None, crs: str | None) -> GeoBox | None:
+    """Refuse a box and a CRS for one grid."""
     if box is not None and crs is not None:
         raise InputError("a box has its own CRS; leave out crs, or give an aoi instead of the box")
     return box
@@ -569,188 +544,6 @@ def check_fit(probe: Probe | FineTuned, work: Encoding | Stored) -> None:
                 f"the embeddings were standardised by other statistics than those that the probe was fitted with; map "
                 f"the scene itself, which takes the probe's, instead of {work.store.path}"
             )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Cogs:
-    """Tiles into GeoTIFFs. Their pixels are kept in the parts as well: a GeoTIFF cannot be gone on with."""
-
-    parts: Parts
-    tiles: Callable[[], Iterable[Tile]]
-    borders: tuple[Borders, Borders]
-    convert: Callable[[np.ndarray], dict[str, np.ndarray]]
-    """Makes the pixels of each file from features [h, w, D]."""
-    create: Callable[[Path], dict[str, CogWriter]]
-    """Opens the files in a folder, each under its final name."""
-    _writers: dict[str, CogWriter] = field(default_factory=dict)
-    _open: ExitStack = field(default_factory=ExitStack)
-
-    def __enter__(self) -> _Cogs:
-        self._writers = self.create(self.parts.folder)
-        for writer in self._writers.values():
-            self._open.enter_context(writer)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-        if kind is None:
-            for name, writer in self._writers.items():
-                self._check(name, writer.path)
-            for writer in self._writers.values():
-                for name in (f"{writer.path.name}.aux.xml", writer.path.name):
-                    fresh, final = self.parts.folder / name, self.parts.out.with_name(name)
-                    if fresh.exists():
-                        fresh.replace(final)
-                    else:
-                        final.unlink(missing_ok=True)
-
-    def put(self, tile: Tile, features: np.ndarray) -> None:
-        pixels = self.convert(features)
-        self.parts.save(tile, {**pixels, **tile_seams(features, tile, self.borders)})
-        self._write(tile, pixels)
-
-    def again(self, tile: Tile) -> None:
-        self._write(tile, self.parts.load(tile))
-
-    def _write(self, tile: Tile, pixels: Mapping[str, np.ndarray]) -> None:
-        for name, writer in self._writers.items():
-            writer.write(_file_window(tile), pixels[name])
-
-    def _check(self, name: str, path: Path) -> None:
-        """Compare a file with the tiles: GDAL does not always say when a disk is full."""
-        with rasterio.open(path) as file:
-            for tile in (tile for tile in self.tiles() if tile.name not in self.parts.failed):
-                written = self.parts.load(tile)[name]
-                if not np.array_equal(
-                    file.read(window=_file_window(tile)), written.reshape(-1, *written.shape[-2:]), True
-                ):
-                    raise OSError(f"{path.name} does not hold what was written, as happens on a full disk")
-
-
-def _file_window(tile: Tile) -> FileWindow:
-    return FileWindow(tile.core.col, tile.core.row, tile.core.width, tile.core.height)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Zarr:
-    """Tiles into a Zarr store, one shard each, so that a killed job finds its shards whole."""
-
-    parts: Parts
-    num_tiles: int
-    borders: tuple[Borders, Borders]
-    create: Callable[[Path], None]
-
-    @property
-    def _path(self) -> Path:
-        return self.parts.folder / "store"
-
-    def __enter__(self) -> _Zarr:
-        moved = len(self.parts) == self.num_tiles and self.parts.out.exists()
-        if not self._path.exists() and not moved:
-            self.parts.forget()
-            fresh = self.parts.folder / "fresh"
-            shutil.rmtree(fresh, ignore_errors=True)
-            self.create(fresh)
-            fresh.replace(self._path)
-        # What zarr had begun to write when the job was killed.
-        for leftover in self._path.rglob("*.partial"):
-            leftover.unlink()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        out = self.parts.out
-        if kind is None and self._path.exists():
-            if out.exists():
-                shutil.rmtree(self.parts.folder / "replaced", ignore_errors=True)
-                out.replace(self.parts.folder / "replaced")
-            (self._copy() if self.parts.failed else self._path).replace(out)
-
-    def _copy(self) -> Path:
-        """Copy a store to which tiles are still to be added; shards, which are only ever replaced, are linked."""
-        copy = self.parts.folder / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        try:
-            shutil.copytree(self._path, copy, copy_function=os.link)
-        except OSError:  # a file system without links
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(self._path, copy)
-        return copy
-
-    def put(self, tile: Tile, features: np.ndarray) -> None:
-        write_zarr(self._path, tile.core, features)
-        self.parts.save(tile, tile_seams(features, tile, self.borders))
-
-    def again(self, tile: Tile) -> None:
-        """Nothing is to be done: its shard is in the store."""
-
-
-def _map_sink(probe: Probe | FineTuned, work: Encoding | Stored, out: Path, beside: Path | None, parts: Parts) -> _Cogs:
-    """Write predictions into `out` and probabilities into `beside`."""
-    nodata, dtype = map_nodata(probe)
-    categories = {c.code: c.name for c in probe.classes}
-    palette = {c.code: c.colour for c in probe.classes if c.colour is not None}
-
-    def convert(features: np.ndarray) -> dict[str, np.ndarray]:
-        seen = np.isfinite(features).all(-1)
-        pixels = {"map": np.full(seen.shape, nodata, dtype)}
-        pixels["map"][seen] = probe.predict(features[seen])
-        if beside is not None:
-            pixels["probabilities"] = np.full((len(probe.classes), *seen.shape), np.nan, np.float32)
-            pixels["probabilities"][:, seen] = probe.probabilities(features[seen]).T
-        return pixels
-
-    def create(folder: Path) -> dict[str, CogWriter]:
-        classes = CogWriter(
-            folder / out.name,
-            work.grid,
-            1,
-            dtype,
-            nodata=nodata,
-            palette=palette if dtype == "uint8" else None,
-            categories=categories or None,
-        )
-        writers = {"map": classes}
-        if beside is not None:
-            names = [c.name for c in probe.classes]
-            writers["probabilities"] = CogWriter(
-                folder / beside.name, work.grid, len(names), "float32", nodata=math.nan, band_names=names
-            )
-        return writers
-
-    return _Cogs(parts=parts, tiles=work.tiles, borders=work.borders, convert=convert, create=create)
-
-
-def map_nodata(probe: Probe | FineTuned) -> tuple[float, str]:
-    """Choose a value that is no class, 0 where it is free, and the smallest type that holds it and the codes."""
-    if probe.task == "values":
-        return math.nan, "float32"
-    codes = {c.code for c in probe.classes}
-    if min(codes) < 0 or max(codes) > 65534:
-        raise InputError(f"the class codes go from {min(codes)} to {max(codes)}; a map holds 0 to 65534")
-    free = next(value for value in (0, 255, 65535) if value not in codes)
-    return free, "uint8" if max(*codes, free) < 256 else "uint16"
-
-
-def _map_asset(probe: Probe | FineTuned, out: Path) -> pystac.Asset:
-    nodata, dtype = map_nodata(probe)
-    classes = [
-        {
-            "value": c.code,
-            "name": c.name,
-            **({"color_hint": "{:02X}{:02X}{:02X}".format(*c.colour)} if c.colour else {}),
-        }
-        for c in probe.classes
-    ]
-    fields = {"classification:classes": classes} if classes else {}
-    return _tif_asset(out, data_type=dtype, nodata="nan" if math.isnan(nodata) else nodata, **fields)
-
-
-def _tif_asset(path: Path, **fields: Any) -> pystac.Asset:
-    return pystac.Asset(str(path.absolute()), media_type=pystac.MediaType.COG, roles=["data"], extra_fields=fields)
 
 
 def _probe_passport(probe: Probe | FineTuned) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
+import functools
 import hashlib
 import math
 import time
@@ -88,6 +90,16 @@ def _attempts(read: Callable[[], Out]) -> Out | Failure:
             return result
         time.sleep(wait)
     return _attempt(read)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int]:
+    """Find the C library's function that returns free memory to the system, which glibc alone has."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda keep: 0
+    return trim
 
 
 @dataclass(slots=True, kw_only=True)
@@ -288,6 +300,9 @@ class Encoding:
                 self._paint(canvas, tile, pixels, advance)
         except InputError as error:  # the encoder cannot take what it is shown
             return Failure(reason=str(error))
+        finally:
+            # glibc keeps what was freed, tens of megabytes for every thread that reads, and seldom finds a use for it.
+            _trim()(0)
         return canvas
 
     def _read(self, tile: Tile) -> Pixels | None:
@@ -463,10 +478,11 @@ class Stored:
 
     @property
     def borders(self) -> tuple[Borders, Borders]:
-        """Return where a stored block begins: a tile of `embed`."""
+        """Return where a stored block begins, a tile of `embed`; a part of a store may begin inside of one."""
+        store = self.store
         rows, cols = (
-            Borders(middles=tuple(range(n, size, n)), lag=1)
-            for n, size in zip(self.store.block, self.grid.shape, strict=True)
+            Borders(middles=tuple(range(block - before, size, block)), lag=1)
+            for block, before, size in zip(store.block, store.offset, self.grid.shape, strict=True)
         )
         return rows, cols
 

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         turn: Float[Tensor, "b n _h pairs"] | None = None,
         visible: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        q, k, v = self._turned(self.qkv(x), turn).unbind(2)
+        q, k, v = self._turned(self.qkv(x), turn)
         out: Tensor = self.proj(attend(q, k, v, visible=visible).flatten(2))
         return out
 
@@ -49,16 +49,16 @@ class Attention(nn.Module):
         turn: Float[Tensor, "1 n _h pairs"] | None = None,
     ) -> Float[Tensor, "1 n d"]:
         """Attend over `norm(x)`, each sample to its own tokens."""
-        q, k, v = self._turned(norm_linear(x, norm, self.qkv), turn).unbind(2)
+        q, k, v = self._turned(norm_linear(x, norm, self.qkv), turn)
         out: Tensor = self.proj(attend_packed(q, k, v, packed, packed).flatten(2))
         return out
 
-    def _turned(self, qkv: Float[Tensor, "b n e"], turn: Tensor | None) -> Float[Tensor, "b n 3 h d"]:
+    def _turned(self, qkv: Float[Tensor, "b n e"], turn: Tensor | None) -> tuple[Float[Tensor, "b n h d"], ...]:
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
-        return qkv if turn is None else turn_heads(qkv, turn, 2)
+        return qkv.unbind(2) if turn is None else turn_heads(qkv, turn, 2)
 
     def update(
         self,

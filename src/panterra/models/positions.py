@@ -168,41 +168,36 @@ def unit(angle: Float[Tensor, "*b"]) -> Tensor:
 
 def turn_heads(
     x: Float[Tensor, "*b c h d"], angle: Float[Tensor, "*b _h pairs"], number: int
-) -> Float[Tensor, "*b c h d"]:
-    """Turn neighbouring pairs of channels of the first `number` of each token's vectors, in float32."""
-    out: Tensor = _TurnHeads.apply(x, angle, number)  # type: ignore[no-untyped-call]
+) -> tuple[Float[Tensor, "*b h d"], ...]:
+    """Part each token's vectors; neighbouring pairs of channels of the first `number` are turned, in float32."""
+    out: tuple[Tensor, ...] = _TurnHeads.apply(x, angle, number)  # type: ignore[no-untyped-call]
     return out
 
 
 class _TurnHeads(torch.autograd.Function):
-    """A rotation whose backward pass needs its result, which attention keeps anyway, and not what came in."""
+    """A rotation whose backward pass needs its results, which attention keeps anyway, and not what came in."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, angle: Tensor, number: int) -> Tensor:
-        turn = unit(angle)
-        turned = _turn_copy(x, turn, number)
-        ctx.save_for_backward(turned, turn)
-        ctx.number = number
-        return turned
+    def forward(ctx: Any, x: Tensor, angle: Tensor, number: int) -> tuple[Tensor, ...]:
+        turn, parts = unit(angle), x.unbind(-3)
+        turned = tuple(rotate(part, turn) for part in parts[:number])
+        ctx.save_for_backward(turn, *turned)
+        return (*turned, *(part.clone(memory_format=torch.contiguous_format) for part in parts[number:]))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        turned, turn = ctx.saved_tensors
-        d_angle = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        turn, *turned = ctx.saved_tensors
+        back = turn.conj().resolve_conj()
+        d_x = torch.stack(
+            [rotate(g.contiguous(), back) if i < len(turned) else g for i, g in enumerate(gradients)], dim=-3
+        )
+        d_angle: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            pairs = (_as_pairs(x, ctx.number).unbind(-3) for x in (gradient, turned))
-            d_angle = sum((g * y.conj()).imag for g, y in zip(*pairs, strict=True))
-        return _turn_copy(gradient, turn.conj(), ctx.number), d_angle, None
-
-
-def _turn_copy(x: Tensor, turn: Tensor, number: int) -> Tensor:
-    out = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _as_pairs(out, number).mul_(turn.unsqueeze(-3))
-    return out.to(x.dtype)
-
-
-def _as_pairs(x: Tensor, number: int) -> Tensor:
-    return torch.view_as_complex(x[..., :number, :, :].float().unflatten(-1, (-1, 2)))
+            for g, y in zip(gradients, turned, strict=False):
+                (a, b), (c, d) = (z.float().unflatten(-1, (-1, 2)).unbind(-1) for z in (g, y))
+                across = torch.addcmul(b * c, a, d, value=-1)  # the imaginary part of g times y's conjugate
+                d_angle = across if d_angle is None else d_angle.add_(across)
+        return d_x, d_angle, None
 
 
 def rotate(x: Float[Tensor, "*b d"], turn: Tensor) -> Float[Tensor, "*b d"]:

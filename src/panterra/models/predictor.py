@@ -103,9 +103,8 @@ class CrossAttention(nn.Module):
         kv: Tensor = self.kv(context).unflatten(-1, (2, self.heads, -1))
         if self.q_norm is not None and self.k_norm is not None:
             q, kv = self.q_norm(q), torch.stack([self.k_norm(kv[:, :, 0]), kv[:, :, 1]], dim=2)
-        if turns is not None:
-            q, kv = turn_heads(q, turns[0], 1), turn_heads(kv, turns[1], 1)
-        q, (k, v) = q[:, :, 0], kv.unbind(2)
+        (q,) = q.unbind(2) if turns is None else turn_heads(q, turns[0], 1)
+        k, v = kv.unbind(2) if turns is None else turn_heads(kv, turns[1], 1)
         out: Tensor = self.proj(attend_packed(q, k, v, queries, keys).flatten(2))
         return out
 

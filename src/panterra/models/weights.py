@@ -38,6 +38,10 @@ ANYSAT_TERMS = (
     "Weights of AnySat (Astruc et al., CVPR 2025) under the MIT licence: keep its notice when passing them on. Only "
     "base was published; tiny and small are the architectures of its training, to be trained or drawn at random."
 )
+PANTERRA_TERMS = (
+    "Weights of Panterra under Apache-2.0, which come with it: OlmoEarth's architecture, trained on invented planets "
+    "alone. For trials and teaching; released weights know far more of the Earth."
+)
 OLMOEARTH_FORMAT = "panterra-olmoearth-1"
 
 Model = OlmoEarth | AnySat
@@ -55,10 +59,22 @@ class ModelCard:
     parameters: int
     """Of the encoder."""
     address: str | None
-    """Hugging Face id; None where no weights of this size were published."""
+    """Hugging Face id; None where no weights of this size were published, or where they come with Panterra."""
     licence: str | None
     """Of the published weights."""
     terms: str
+    packaged: bool = False
+    """Whether its weights come with Panterra."""
+
+    @property
+    def source(self) -> str:
+        """Say in words where its weights come from."""
+        return "this package" if self.packaged else self.address or "not published"
+
+    @property
+    def page(self) -> str | None:
+        """Give the page of its published weights."""
+        return f"https://huggingface.co/{self.address}" if self.address else None
 
 
 _PARAMETERS = {
@@ -168,12 +184,20 @@ _DRAWN = re.compile(r"(\S+) \(random weights, seed (\d+)\)")
 """The name of a model with random weights, which `load_model` also takes."""
 
 
-def save_model(model: Model, folder: Path | str) -> Path:
-    """Write a model as `config.json` and `model.safetensors`, whole or not at all."""
+def packaged_folder(name: str) -> Path:
+    """Find the files of a model that comes with Panterra."""
+    return Path(__file__).with_name(name.replace("-", "_"))
+
+
+def save_model(model: Model, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a model as `config.json` and `model.safetensors`, whole or not at all.
+
+    `dtype=torch.float16` halves the file; what is read from it computes in float32 again.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = anysat_json(model) if isinstance(model, AnySat) else _olmoearth_json(model)
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
     _write(folder / "model.safetensors", lambda path: save_file(tensors, path))
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
     return folder
@@ -201,7 +225,7 @@ def passport(model: Encoder) -> dict[str, Any]:
         about |= {
             "normalized_input": model.normalized_input,
             "licence": model.licence,
-            "source": f"https://huggingface.co/{card.address}" if card else None,
+            "source": None if card is None else card.page or card.source,
         }
     return about
 
@@ -224,6 +248,8 @@ def _random(name: str, seed: int) -> Model:
         torch.manual_seed(seed)
         if name in _ANYSAT:
             return AnySat(anysat_config(card.size), name=drawn)
+        if card.packaged:
+            return OlmoEarth(_architecture(_config(packaged_folder(name))), name=drawn)
         return OlmoEarth(released_config(card.family.removeprefix("olmoearth-"), card.size), name=drawn)
 
 
@@ -259,7 +285,7 @@ def _from_folder(folder: Path, *, name: str | None = None) -> Model:
     name, config_path = name or str(folder.resolve()), folder / "config.json"
     config = _config(folder)
     if str(config.get("format", "")).startswith("panterra-"):
-        return _from_ours(folder, config)
+        return _from_ours(folder, config, name=name)
     if any((folder / path).is_file() for path in ("AnySat.pth", "models/AnySat.pth")):
         return load_anysat(folder, name=name)
     if not config_path.is_file():
@@ -284,14 +310,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _from_ours(folder: Path, config: Mapping[str, Any]) -> Model:
+def _from_ours(folder: Path, config: Mapping[str, Any], *, name: str) -> Model:
     builders: dict[str, Callable[..., Model]] = {
         OLMOEARTH_FORMAT: _olmoearth_from_json,
         ANYSAT_FORMAT: anysat_from_json,
     }
     if config["format"] not in builders:
         raise InputError(f"{folder} holds {config['format']!r}, which this version cannot read; update panterra")
-    model = builders[config["format"]](config, name=str(folder.resolve()))
+    model = builders[config["format"]](config, name=name)
     path = folder / "model.safetensors"
     try:
         state = load_file(path)
@@ -313,12 +339,17 @@ def _olmoearth_json(model: OlmoEarth) -> dict[str, Any]:
 
 def _olmoearth_from_json(saved: Mapping[str, Any], *, name: str) -> OlmoEarth:
     try:
-        config = OlmoEarthConfig(**_tuples(saved["config"]))
+        config = _architecture(saved)
     except (KeyError, TypeError) as error:
         raise InputError(f"the configuration in {name} is incomplete ({error}); save the model again") from None
     model = _build(config, name)
     model.licence = saved.get("licence")
     return model
+
+
+def _architecture(saved: Mapping[str, Any]) -> OlmoEarthConfig:
+    """Read the architecture from what `save_model` writes to `config.json`."""
+    return OlmoEarthConfig(**_tuples(saved["config"]))
 
 
 def _build(config: OlmoEarthConfig, name: str) -> OlmoEarth:

@@ -1,4 +1,7 @@
-"""Latent MIM Lite: predict masked tokens' embeddings under frozen random patch embeddings (OlmoEarth)."""
+"""Latent MIM Lite: predict masked tokens' embeddings under frozen random patch embeddings (OlmoEarth).
+
+Its ablation "MAE" predicts the pixels of masked tokens instead.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from panterra.models.olmoearth import TARGET_ONLY, OlmoEarth, OlmoEarthConfig, P
 from panterra.models.packed import Packed
 from panterra.models.positions import TokenLine
 from panterra.models.predictor import DECODE, VISIBLE, Masks, Predictor
-from panterra.objectives.losses import info_nce, pair_packed, token_loss
+from panterra.models.reconstructor import Reconstructor
+from panterra.objectives.losses import PIXEL_LOSSES, Pairs, info_nce, pair_packed, regularise, view_losses
+from panterra.objectives.pixels import line_up_views, pair_pixels
 from panterra.objectives.teacher import Teacher, fresh_teacher
 
 V1_LOSS = {"type": "modality_patch_discrimination_vec", "tau": 0.1}
@@ -85,7 +90,9 @@ class LatentMIMConfig:
     encoder: OlmoEarthConfig
     predictor: OlmoEarthConfig
     loss: Mapping[str, Any] = field(default_factory=lambda: MASKED_NEGATIVES_LOSS)
-    """A published loss configuration, see `losses.token_loss`."""
+    """A published loss configuration, see `losses.token_loss`. Those of `PIXEL_LOSSES` compare pixels."""
+    regulariser: Mapping[str, Any] | None = None
+    """A published configuration, see `losses.regularise`; no release has any."""
     contrast_weight: float = 0.05
     """Of the contrast between two views of each sample; 0 leaves it out."""
     contrast_temperature: float = 0.1
@@ -97,6 +104,11 @@ class LatentMIMConfig:
     teacher_seed: int | None = None
     """Seed of a teacher with weights of its own; None copies the student's at the start."""
 
+    @property
+    def pixels(self) -> bool:
+        """Say whether pixels are predicted, so that the teacher has nothing to do."""
+        return self.loss["type"] in PIXEL_LOSSES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentMIMLoss:
@@ -104,7 +116,7 @@ class LatentMIMLoss:
 
     total: Float[Tensor, ""]
     views: tuple[Mapping[str, Float[Tensor, ""]], ...]
-    """For each view the terms of its loss, by modality."""
+    """For each view the terms of its loss, by modality, and the regulariser where there is one."""
     contrast: Float[Tensor, ""]
     """Already weighted."""
 
@@ -159,6 +171,9 @@ class LatentMIM(nn.Module):
         self.config = config
         self.encoder = OlmoEarth(config.encoder)
         self.predictor = Predictor(config.predictor, self.encoder.dim)
+        self.reconstructor = (
+            Reconstructor(config.encoder, self.predictor.output.out_features) if config.pixels else None
+        )
         if config.teacher_seed is None:
             self.teacher = Teacher(self.encoder)
         else:
@@ -183,23 +198,50 @@ class LatentMIM(nn.Module):
         embedded = embed_chosen(self.encoder.patch_embeddings, patches, visible, place=batch.place, kept=kept)
         latent, pooled = self.encoder.encode_packed(embedded, line, seen, batch.timestamps, step)
         predicted = self.predictor.predict_packed(latent, line, seen, wanted, batch.timestamps, step)
-        target = self._target(patches, batch, wanted)
-        terms = []
+        pairs = self._pairs(predicted, patches, batch, line, wanted, len(views))
         contrast = pooled.new_zeros(())
         with torch.autocast(pooled.device.type, enabled=False):
-            for i in range(len(views)):
-                rows, packed = wanted.part(i * views.samples, (i + 1) * views.samples)
-                pairs = pair_packed(predicted[rows], target[rows], packed, line.sizes)
-                terms.append(token_loss(pairs, self.config.loss, across_ranks=self.config.across_ranks))
+            across_ranks = self.config.across_ranks
+            terms = view_losses(pairs, self.config.loss, views=len(views), across_ranks=across_ranks)
+            if self.config.regulariser is not None:
+                for i, losses in enumerate(terms):
+                    rows, part = seen.part(i * views.samples, (i + 1) * views.samples)
+                    losses["regulariser"] = regularise(
+                        latent[rows], part, self.config.regulariser, across_ranks=across_ranks
+                    )
             if self.config.contrast_weight:
                 contrast = self.config.contrast_weight * info_nce(
                     *pooled.chunk(2),
                     temperature=self.config.contrast_temperature,
-                    across_ranks=self.config.across_ranks,
+                    across_ranks=across_ranks,
                 )
         mean = torch.stack([torch.stack(list(losses.values())).sum() for losses in terms]).mean()
         total = mean + contrast + self._unused(batch.masks) + 0.0 * pooled.sum()
         return LatentMIMLoss(total=total, views=tuple(terms), contrast=contrast)
+
+    def _pairs(
+        self,
+        predicted: Float[Tensor, "k e"],
+        patches: Patches,
+        batch: _Stacked,
+        line: TokenLine,
+        wanted: Packed,
+        views: int,
+    ) -> Pairs:
+        """Put predictions beside their targets, view after view."""
+        if self.reconstructor is None:
+            return pair_packed(predicted, self._target(patches, batch, wanted), wanted, line.sizes)
+        parts = []
+        samples = len(batch.place) // views
+        for start in range(0, len(batch.place), samples):
+            rows, packed = wanted.part(start, start + samples)
+            image = batch.place[start + packed.sample]
+            parts.append(
+                pair_pixels(
+                    self.reconstructor, predicted[rows], line, image, packed.token, batch.inputs, batch.patch_px
+                )
+            )
+        return line_up_views(parts)
 
     def _draw_bands(
         self, visible: Mapping[str, Bool[Tensor, "b _h _w _t _s"]], views: int, generator: torch.Generator | None
@@ -235,6 +277,9 @@ class LatentMIM(nn.Module):
         rest = [p for m, part in encoder.patch_embeddings.items() if m not in present for p in part.parameters()]
         rest += [p for m, p in encoder.encodings.channel.items() if m not in present]
         rest += [p for m, p in predictor.encodings.channel.items() if m not in present]
+        if self.reconstructor is not None:
+            layers = self.reconstructor.layers
+            rest += [p for m, part in layers.items() if m not in present for p in part.parameters()]
         return 0.0 * sum((p.sum() for p in rest), self.predictor.mask_token.new_zeros(()))
 
 

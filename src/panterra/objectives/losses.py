@@ -8,7 +8,7 @@ of all processes together, given that gradients are averaged over processes, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -59,13 +59,16 @@ def pair_packed(
     starts = (counts.cumsum(0) - counts).view(samples, -1)
     counts = counts.view(samples, -1)
     longest, last = counts.amax(0).tolist(), max(len(predicted) - 1, 0)
-    pairs = {}
-    for i, name in enumerate(sizes):
-        place = torch.arange(longest[i], device=predicted.device)
-        rows = (starts[:, i, None] + place).clamp(max=last)
-        p, t = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (predicted, target))
-        pairs[name] = Pair(predicted=p, target=t, valid=place < counts[:, i, None])
-    return pairs
+    places = [torch.arange(most, device=predicted.device) for most in longest]
+    rows = [(starts[:, i, None] + place).clamp(max=last) for i, place in enumerate(places)]
+    every = torch.cat([row.flatten() for row in rows])
+    parts = (x.index_select(0, every).split([row.numel() for row in rows]) for x in (predicted, target))
+    return {
+        name: Pair(
+            predicted=p.unflatten(0, row.shape), target=t.unflatten(0, row.shape), valid=place < counts[:, i, None]
+        )
+        for i, (name, row, place, p, t) in enumerate(zip(sizes, rows, places, *parts, strict=True))
+    }
 
 
 def join(pairs: Pairs) -> Pair:
@@ -91,8 +94,17 @@ def patch_discrimination(
     variance over the batch, per dimension. With `same_target`, targets whose cosine exceeds it do not count as each
     other's negatives; a sample in which some token is left without any negative is skipped.
     """
-    predicted = _standardised(pair, across_ranks=across_ranks) if standardise else pair.predicted
-    p, t = _unit(predicted), _unit(pair.target)
+    if standardise:
+        pair = _standardised(pair, views=1, across_ranks=across_ranks)
+    per_sample, counted = _discriminated(pair, temperature=temperature, same_target=same_target)
+    return _mean_where(per_sample, counted, across_ranks=across_ranks)
+
+
+def _discriminated(
+    pair: Pair, *, temperature: float, same_target: float | None
+) -> tuple[Float[Tensor, " b"], Bool[Tensor, " b"]]:
+    """Give each sample's patch discrimination, and whether it counts."""
+    p, t = _unit(pair.predicted), _unit(pair.target)
     logits = p / temperature @ t.mT
     own = logits.diagonal(dim1=1, dim2=2)
     allowed = pair.valid[:, None, :]
@@ -105,8 +117,7 @@ def patch_discrimination(
         alike.diagonal(dim1=1, dim2=2).fill_(False)
         allowed = allowed & ~alike
     loss = logits.masked_fill(~allowed, _NEVER).logsumexp(2) - own
-    per_sample = _masked_mean(loss, pair.valid) * 2 * temperature
-    return _mean_where(per_sample, counted, across_ranks=across_ranks)
+    return _masked_mean(loss, pair.valid) * 2 * temperature, counted
 
 
 def adjusted_patch_discrimination(
@@ -140,26 +151,19 @@ def distance(pair: Pair, *, power: Literal[1, 2], across_ranks: bool = False) ->
     """Average the absolute (1) or squared (2) difference of predictions and targets over all elements."""
     difference = pair.predicted.float() - pair.target.float()
     per_token = (difference.abs() if power == 1 else difference.square()).mean(-1)
-    return _mean_where(per_token, pair.valid, across_ranks=across_ranks)
+    return _mean_where(per_token.flatten(), pair.valid.flatten(), across_ranks=across_ranks)
 
 
 def cosine_similarity(pair: Pair, *, across_ranks: bool = False) -> Float[Tensor, ""]:
     """Average the negative cosine of predictions and targets over all tokens."""
     cosine = F.cosine_similarity(pair.predicted.float(), pair.target.float(), dim=-1)
-    return _mean_where(-cosine, pair.valid, across_ranks=across_ranks)
+    return _mean_where(-cosine.flatten(), pair.valid.flatten(), across_ranks=across_ranks)
 
 
 def class_cross_entropy(pair: Pair, *, across_ranks: bool = False) -> Float[Tensor, ""]:
     """Average the cross-entropy over all tokens; predictions are logits [b, k, classes], targets classes [b, k, 1]."""
     loss = F.cross_entropy(pair.predicted.float().mT, pair.target[..., 0].long(), reduction="none")
-    return _mean_where(loss, pair.valid, across_ranks=across_ranks)
-
-
-def over_modalities(
-    loss: Callable[[Pair], Tensor], pairs: Pairs, *, weights: Mapping[str, float] | None = None
-) -> dict[str, Float[Tensor, ""]]:
-    """Give each modality's loss times its weight (1 unless given); their sum is the modality-wise form of a loss."""
-    return {name: loss(pair) * (weights or {}).get(name, 1.0) for name, pair in pairs.items()}
+    return _mean_where(loss.flatten(), pair.valid.flatten(), across_ranks=across_ranks)
 
 
 def info_nce(
@@ -177,7 +181,12 @@ def info_nce(
 
 
 def koleo(x: Float[Tensor, "n d"], *, eps: float = 1e-8) -> Float[Tensor, ""]:
-    """Average the negative log distance of unit vectors to their nearest neighbours, which spreads them out."""
+    """Average the negative log distance of unit vectors to their nearest neighbours, which spreads them out.
+
+    Sablayrolles et al. 2019, after Kozachenko and Leonenko. A single vector costs nothing.
+    """
+    if len(x) < 2:
+        return 0.0 * x.float().sum()
     x = F.normalize(x.float(), dim=-1, eps=eps)
     with torch.no_grad():
         nearest = (x @ x.mT).fill_diagonal_(-2).argmax(1)
@@ -187,19 +196,23 @@ def koleo(x: Float[Tensor, "n d"], *, eps: float = 1e-8) -> Float[Tensor, ""]:
 def _modality_patch_discrimination(
     pairs: Pairs,
     *,
+    views: int = 1,
     tau: float = 0.1,
     weight: float = 1.0,
     modality_weights: Mapping[str, float] | None = None,
     pred2unit: bool = False,
     across_ranks: bool = False,
 ) -> dict[str, Tensor]:
-    loss = partial(patch_discrimination, temperature=tau, standardise=pred2unit, across_ranks=across_ranks)
-    return _times(weight, over_modalities(loss, pairs, weights=modality_weights))
+    if pred2unit:
+        pairs = {m: _standardised(pair, views=views, across_ranks=across_ranks) for m, pair in pairs.items()}
+    losses = _each_discriminated(pairs, dict.fromkeys(pairs), views=views, temperature=tau, across_ranks=across_ranks)
+    return _weighted(losses, weight, modality_weights)
 
 
 def _masked_negatives(
     pairs: Pairs,
     *,
+    views: int = 1,
     tau: float = 0.1,
     weight: float = 1.0,
     modality_weights: Mapping[str, float] | None = None,
@@ -208,34 +221,62 @@ def _masked_negatives(
     mask_negatives_for_modalities: Collection[str] | None = None,
     across_ranks: bool = False,
 ) -> dict[str, Tensor]:
-    def loss(name: str, pair: Pair) -> Tensor:
-        listed = mask_negatives_for_modalities is None or name in mask_negatives_for_modalities
-        return patch_discrimination(
-            pair,
-            temperature=tau,
-            standardise=pred2unit,
-            same_target=same_target_threshold if listed else None,
-            across_ranks=across_ranks,
+    if pred2unit:
+        pairs = {m: _standardised(pair, views=views, across_ranks=across_ranks) for m, pair in pairs.items()}
+    listed = pairs if mask_negatives_for_modalities is None else mask_negatives_for_modalities
+    same_target = {m: same_target_threshold if m in listed else None for m in pairs}
+    losses = _each_discriminated(pairs, same_target, views=views, temperature=tau, across_ranks=across_ranks)
+    return _weighted(losses, weight, modality_weights)
+
+
+def _each_discriminated(
+    pairs: Pairs, same_target: Mapping[str, float | None], *, views: int, temperature: float, across_ranks: bool
+) -> dict[str, Float[Tensor, " views"]]:
+    """Give each modality's patch discrimination; those of equally many tokens are computed as one batch."""
+    alike: dict[tuple[int, float | None], list[str]] = {}
+    for m, pair in pairs.items():
+        alike.setdefault((pair.valid.shape[1], same_target[m]), []).append(m)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for (_, threshold), names in alike.items():
+        predicted, target, valid = (
+            torch.cat(parts)
+            for parts in zip(*((pairs[m].predicted, pairs[m].target, pairs[m].valid) for m in names), strict=True)
         )
-
-    weights = modality_weights or {}
-    return _times(weight, {name: loss(name, pair) * weights.get(name, 1.0) for name, pair in pairs.items()})
-
-
-def _together(loss: Callable[..., Tensor], pairs: Pairs, *, weight: float = 1.0, **options: Any) -> dict[str, Tensor]:
-    if "tau" in options:
-        options["temperature"] = options.pop("tau")
-    return {"all": weight * loss(join(pairs), **options)}
-
-
-def _apart(loss: Callable[..., Tensor], pairs: Pairs, *, weight: float = 1.0, **options: Any) -> dict[str, Tensor]:
-    if "tau" in options:
-        options["temperature"] = options.pop("tau")
-    return _times(weight, over_modalities(partial(loss, **options), pairs))
+        batch = Pair(predicted=predicted, target=target, valid=valid)
+        figures = _discriminated(batch, temperature=temperature, same_target=threshold)
+        found |= zip(names, zip(*(x.chunk(len(names)) for x in figures), strict=True), strict=True)
+    # One mean of all, since ranks differ in which modalities they take together.
+    per_sample, counted = (
+        torch.stack(x).unflatten(1, (views, -1)) for x in zip(*(found[m] for m in pairs), strict=True)
+    )
+    means = _mean_where(per_sample, counted, across_ranks=across_ranks)
+    return dict(zip(pairs, means, strict=True))
 
 
-def _times(weight: float, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight * loss for name, loss in losses.items()}
+def _weighted(
+    losses: Mapping[str, Tensor], weight: float, modality_weights: Mapping[str, float] | None
+) -> dict[str, Tensor]:
+    return {m: loss * (weight * (modality_weights or {}).get(m, 1.0)) for m, loss in losses.items()}
+
+
+def _together(
+    loss: Callable[..., Tensor], pairs: Pairs, *, views: int = 1, weight: float = 1.0, **options: Any
+) -> dict[str, Tensor]:
+    return {"all": weight * _of_views(loss, join(pairs), views, options)}
+
+
+def _apart(
+    loss: Callable[..., Tensor], pairs: Pairs, *, views: int = 1, weight: float = 1.0, **options: Any
+) -> dict[str, Tensor]:
+    return {m: weight * _of_views(loss, pair, views, options) for m, pair in pairs.items()}
+
+
+def _of_views(
+    loss: Callable[..., Tensor], pair: Pair, views: int, options: Mapping[str, Any]
+) -> Float[Tensor, " views"]:
+    named = {"temperature" if name == "tau" else name: value for name, value in options.items()}
+    parts = zip(*(x.chunk(views) for x in (pair.predicted, pair.target, pair.valid)), strict=True)
+    return torch.stack([loss(Pair(predicted=p, target=t, valid=v), **named) for p, t, v in parts])
 
 
 LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -252,14 +293,25 @@ LOSSES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "l1": partial(_together, partial(distance, power=1)),
     "l2": partial(_together, partial(distance, power=2)),
     "cosine_similarity": partial(_together, cosine_similarity),
-    "mae": partial(_together, partial(distance, power=1)),
+    "mae": partial(_apart, partial(distance, power=1)),
     "cross_entropy": partial(_together, class_cross_entropy),
 }
-"""Losses of tokens by their published names; each takes pairs and its published options and gives the terms to sum."""
+"""Losses of tokens by their published names: from pairs and published options, the terms to sum, for each view."""
+
+PIXEL_LOSSES = ("mae",)
+"""Those whose pairs are values of pixels, each a token of width 1, instead of embeddings; see `pixels.pair_pixels`."""
 
 
 def token_loss(pairs: Pairs, config: Mapping[str, Any], *, across_ranks: bool = False) -> dict[str, Float[Tensor, ""]]:
     """Compute a loss from a published configuration, {"type": name, option: value}: terms whose sum is the loss."""
+    (losses,) = view_losses(pairs, config, views=1, across_ranks=across_ranks)
+    return losses
+
+
+def view_losses(
+    pairs: Pairs, config: Mapping[str, Any], *, views: int, across_ranks: bool = False
+) -> list[dict[str, Float[Tensor, ""]]]:
+    """Compute the loss of each of several views at once; their samples stand in line, view after view."""
     options = dict(config)
     name = options.pop("type")
     if name not in LOSSES:
@@ -268,7 +320,33 @@ def token_loss(pairs: Pairs, config: Mapping[str, Any], *, across_ranks: bool = 
         if name.endswith("all_discrimination"):
             raise InputError(f"{name} compares within one process; choose another loss or across_ranks=False")
         options["across_ranks"] = True
-    return LOSSES[name](pairs, **options)
+    terms = LOSSES[name](pairs, views=views, **options)
+    return [{m: term[i] for m, term in terms.items()} for i in range(views)]
+
+
+def _koleo(
+    latent: Float[Tensor, "n d"], seen: Packed, *, mode: Literal["instance", "patch"] = "instance", weight: float = 0.1
+) -> Float[Tensor, ""]:
+    if mode not in ("instance", "patch"):
+        raise InputError(f"KoLeo of mode {mode!r} came; give instance (samples' means) or patch (tokens)")
+    return weight * koleo(seen.mean(latent) if mode == "instance" else latent)
+
+
+REGULARISERS: dict[str, Callable[..., Tensor]] = {"KoLeo": _koleo}
+"""What embeddings of visible tokens may cost by themselves, by published names."""
+
+
+def regularise(
+    latent: Float[Tensor, "n d"], seen: Packed, config: Mapping[str, Any], *, across_ranks: bool = False
+) -> Float[Tensor, ""]:
+    """Compute a regulariser of one view's visible tokens from a published configuration, as `token_loss` does."""
+    options = dict(config)
+    name = options.pop("type")
+    if name not in REGULARISERS:
+        raise InputError(f"no regulariser {name!r}; known: {', '.join(REGULARISERS)}")
+    if across_ranks:
+        raise InputError(f"{name} compares within one process; leave it out or set across_ranks=False")
+    return REGULARISERS[name](latent, seen, **options)
 
 
 def _unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
@@ -279,21 +357,22 @@ def _masked_mean(x: Float[Tensor, "*b k"], valid: Bool[Tensor, "*b k"]) -> Float
     return torch.where(valid, x, 0.0).sum(-1) / valid.sum(-1).clamp(min=1)
 
 
-def _standardised(pair: Pair, *, across_ranks: bool) -> Float[Tensor, "b k d"]:
-    """Give predictions zero mean and unit variance per dimension over all tokens of the batch."""
-    x = torch.where(pair.valid[..., None], pair.predicted.float(), 0.0)
-    number = _total(pair.valid.sum().float(), across_ranks=across_ranks)
-    mean = _total(x.sum((0, 1)), across_ranks=across_ranks) / number
-    spread = torch.where(pair.valid[..., None], x - mean, 0.0).square().sum((0, 1))
+def _standardised(pair: Pair, *, views: int, across_ranks: bool) -> Pair:
+    """Give predictions zero mean and unit variance per dimension over all tokens of each view's batch."""
+    valid = pair.valid.unflatten(0, (views, -1))[..., None]
+    x = torch.where(valid, pair.predicted.float().unflatten(0, (views, -1)), 0.0)
+    number = _total(valid.sum((1, 2), keepdim=True).float(), across_ranks=across_ranks)
+    mean = _total(x.sum((1, 2), keepdim=True), across_ranks=across_ranks) / number
+    spread = torch.where(valid, x - mean, 0.0).square().sum((1, 2), keepdim=True)
     std = (_total(spread, across_ranks=across_ranks) / (number - 1)).sqrt()
-    return (x - mean) / (std + 1e-4)
+    return replace(pair, predicted=((x - mean) / (std + 1e-4)).flatten(0, 1))
 
 
-def _mean_where(x: Float[Tensor, "*b"], counted: Bool[Tensor, "*b"], *, across_ranks: bool) -> Float[Tensor, ""]:
+def _mean_where(x: Float[Tensor, "*r n"], counted: Bool[Tensor, "*r n"], *, across_ranks: bool) -> Float[Tensor, "*r"]:
     """Average what counts, 0 where nothing does; the average of the ranks' results is that over all of them."""
     world = dist.get_world_size() if across_ranks and _distributed() else 1
-    number = _total(counted.sum().float(), across_ranks=across_ranks) / world
-    return torch.where(counted, x, 0.0).sum() / number.clamp(min=1 / world)
+    number = _total(counted.sum(-1).float(), across_ranks=across_ranks) / world
+    return torch.where(counted, x, 0.0).sum(-1) / number.clamp(min=1 / world)
 
 
 def _distributed() -> bool:

@@ -6,14 +6,17 @@ from difflib import get_close_matches
 from panterra.errors import InputError
 from panterra.recipes import anysat
 from panterra.recipes.anysat import AnySatRecipe
+from panterra.recipes.nano import NAME, NanoRecipe
 from panterra.recipes.olmoearth import ABLATED, ABLATIONS, RUNS, OlmoEarthRecipe
 
-__all__ = ["ABLATED", "ABLATIONS", "RECIPES", "AnySatRecipe", "OlmoEarthRecipe", "recipe"]
+__all__ = ["ABLATED", "ABLATIONS", "RECIPES", "AnySatRecipe", "NanoRecipe", "OlmoEarthRecipe", "Recipe", "recipe"]
 
-RECIPES: dict[str, Callable[[], OlmoEarthRecipe] | Callable[[], AnySatRecipe]] = {**RUNS, **ABLATED, **anysat.RUNS}
+Recipe = OlmoEarthRecipe | AnySatRecipe | NanoRecipe
+
+RECIPES: dict[str, Callable[[], Recipe]] = {NAME: NanoRecipe, **RUNS, **ABLATED, **anysat.RUNS}
 
 
-def recipe(name: str) -> OlmoEarthRecipe | AnySatRecipe:
+def recipe(name: str) -> Recipe:
     """Give a recipe by name."""
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, n=3) or RUNS

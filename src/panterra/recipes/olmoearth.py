@@ -44,6 +44,8 @@ class OlmoEarthRecipe:
     """A published configuration, see `masking.make_masks`."""
     loss: Mapping[str, Any]
     """A published configuration, see `losses.token_loss`."""
+    regulariser: Mapping[str, Any] | None = None
+    """A published configuration, see `losses.regularise`; no official run has any."""
     views: int = 2
     contrast_weight: float
     contrast_temperature: float = 0.1
@@ -103,6 +105,7 @@ class OlmoEarthRecipe:
                 self.encoder, depth=self.predictor_depth, dim=self.predictor_dim, heads=self.predictor_heads
             ),
             loss=self.loss,
+            regulariser=self.regulariser,
             contrast_weight=self.contrast_weight,
             contrast_temperature=self.contrast_temperature,
             across_ranks=self.across_ranks,
@@ -318,6 +321,16 @@ def patch_discrimination(run: OlmoEarthRecipe) -> OlmoEarthRecipe:
     return replace(run, loss={"type": "patch_discrimination", "tau": 0.1})
 
 
+def mae(run: OlmoEarthRecipe) -> OlmoEarthRecipe:
+    """Pixels of masked patches predicted instead of embeddings under a teacher.
+
+    An ablation of v1. Inferred: one linear layer per band set from what the predictor gives to the patch, the mean
+    absolute error of the normalised values that are there, summed over modalities as the official loss is; and that
+    masking and contrast stay.
+    """
+    return replace(run, loss={"type": "mae"})
+
+
 def reinitialised_targets(run: OlmoEarthRecipe) -> OlmoEarthRecipe:
     """Targets by random weights of the teacher's own instead of a copy of the student's first ones.
 
@@ -380,6 +393,7 @@ ABLATIONS: dict[str, Callable[[OlmoEarthRecipe], OlmoEarthRecipe]] = {
     "fixed-modality-masking": fixed_modality_masking,
     "no-contrast": no_contrast,
     "patch-discrimination": patch_discrimination,
+    "mae": mae,
     "reinitialised-targets": reinitialised_targets,
     "moving-targets": moving_targets,
     "sentinel2-only": sentinel2_only,

@@ -17,17 +17,24 @@ from pydantic import TypeAdapter, ValidationError
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.normalize import olmoearth_range
+from panterra.models.packed import Packed
 from panterra.objectives.jepa_batches import Source
-from panterra.objectives.losses import LOSSES, Pair, token_loss
+from panterra.objectives.losses import LOSSES, REGULARISERS, Pair, regularise, token_loss
 from panterra.objectives.masking import STRATEGIES, make_masks
 from panterra.recipes.anysat import AnySatRecipe
+from panterra.recipes.nano import NanoRecipe
+from panterra.recipes.nano_places import DATES, SIDE_PX
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 
 _Settings = TypeVar("_Settings")
 
-CHOICES: dict[str, Mapping[str, Callable[..., Any]]] = {"masking": STRATEGIES, "loss": LOSSES}
+CHOICES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "masking": STRATEGIES,
+    "loss": LOSSES,
+    "regulariser": REGULARISERS,
+}
 """Settings that name a function by their key "type"; the other keys are that function's options."""
-_NOT_OPTIONS = ("generator", "across_ranks", "base")
+_NOT_OPTIONS = ("generator", "across_ranks", "base", "views")
 _TUPLES = {Collection[str]: tuple[str, ...], Collection[str] | None: tuple[str, ...] | None}
 
 
@@ -44,8 +51,11 @@ def override(recipe: _Settings, changes: Sequence[str]) -> _Settings:
     return recipe
 
 
-def check(recipe: OlmoEarthRecipe | AnySatRecipe) -> None:
+def check(recipe: OlmoEarthRecipe | AnySatRecipe | NanoRecipe) -> None:
     """Refuse settings that a run would stumble over later. Raises InputError."""
+    if isinstance(recipe, NanoRecipe):
+        _check_nano(recipe)
+        return
     if isinstance(recipe, AnySatRecipe):
         _check_anysat(recipe)
         return
@@ -66,7 +76,8 @@ def check(recipe: OlmoEarthRecipe | AnySatRecipe) -> None:
         if not getattr(recipe, key) or min(getattr(recipe, key)) < 1:
             raise InputError(f"{key} is {list(getattr(recipe, key))}; wanted whole numbers from 1 on")
     for key, known in CHOICES.items():
-        _check_options(key, getattr(recipe, key), known)
+        if getattr(recipe, key) is not None:
+            _check_options(key, getattr(recipe, key), known)
     _try(recipe)
 
 
@@ -86,6 +97,25 @@ def _check_anysat(recipe: AnySatRecipe) -> None:
         value = getattr(recipe, key)
         if value is not None and value < 1:
             raise InputError(f"{key} is {value}; wanted 1 at least")
+
+
+def _check_nano(recipe: NanoRecipe) -> None:
+    if recipe.encoder.dim % (4 * recipe.encoder.heads):
+        raise InputError(
+            f"a width of {recipe.encoder.dim} with {recipe.encoder.heads} heads; take a multiple of 4 each"
+        )
+    for key in ("places", "patch_px", "side_patches", "dates"):
+        if not getattr(recipe, key) or min(getattr(recipe, key)) < 1:
+            raise InputError(f"{key} is {list(getattr(recipe, key))}; wanted whole numbers from 1 on")
+    if max(recipe.dates) > DATES:
+        raise InputError(f"{max(recipe.dates)} dates came; a place has {DATES}")
+    if max(recipe.patch_px) * min(recipe.side_patches) > SIDE_PX:
+        raise InputError(
+            f"{min(recipe.side_patches)} patches of {max(recipe.patch_px)} pixels do not fit into places of {SIDE_PX}"
+        )
+    for key in ("tokens", "batch", "steps"):
+        if getattr(recipe, key) < 1:
+            raise InputError(f"{key} is {getattr(recipe, key)}; wanted 1 at least")
 
 
 def _replaced(settings: _Settings, path: Sequence[str], value: str, key: str) -> _Settings:
@@ -193,6 +223,9 @@ def _try(recipe: OlmoEarthRecipe) -> None:
     try:
         make_masks(missing, recipe.masking, generator=torch.Generator().manual_seed(0))
         token_loss({recipe.modalities[0]: pair}, recipe.loss)
+        if recipe.regulariser is not None:
+            seen = Packed.of(torch.ones(2, 1, dtype=torch.bool))
+            regularise(token[0], seen, recipe.regulariser, across_ranks=recipe.across_ranks)
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise

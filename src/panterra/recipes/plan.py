@@ -19,8 +19,9 @@ from panterra.energy.grid import local_grid
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.layers import Block
-from panterra.models.olmoearth import SPATIAL_FACTOR, OlmoEarthConfig
+from panterra.models.olmoearth import OlmoEarthConfig
 from panterra.models.predictor import DECODE, VISIBLE
+from panterra.models.reconstructor import patch_side
 from panterra.objectives.latent_mim import LatentMIM
 from panterra.objectives.masking import make_masks
 from panterra.recipes.olmoearth import PUBLISHED_SAMPLES, OlmoEarthRecipe
@@ -90,6 +91,8 @@ class CropTokens:
     decoded: float
     shown: Mapping[str, float]
     """Visible tokens by modality."""
+    predicted: Mapping[str, float]
+    """Decoded tokens by modality."""
     taught: Mapping[str, float]
     """Tokens by modality that the teacher embeds for all views, which share what they both decode."""
     looks: float
@@ -143,6 +146,7 @@ def _draw_tokens(recipe: OlmoEarthRecipe, facts: CorpusFacts, side: int, share: 
         visible=float(visible.mean()),
         decoded=float(together.mean()),
         shown={m: float(count.float().mean()) for m, count in shown.items()},
+        predicted={m: float(count.float().mean()) for m, count in decoded.items()},
         taught={m: int(count) / number for m, count in taught.items()},
         looks=float(visible.square().mean()),
         cross_looks=float((visible * together).mean()),
@@ -163,19 +167,31 @@ def training_flops(recipe: OlmoEarthRecipe, crop: CropTokens) -> float:
     config, predictor = recipe.encoder, recipe.objective.predictor
     embedding = [_embedding_flops(config, m, n) for m, n in crop.shown.items()]
     first, rest = (sum(flops[i] for flops in embedding) for i in (0, 1))
-    teacher = sum(sum(_embedding_flops(config, m, n)) for m, n in crop.taught.items())
     n, k = crop.visible, crop.decoded
     encoder = config.depth * _block_flops(n, crop.looks, config.dim, config.mlp_ratio)
     output_dim = predictor.output_dim or predictor.dim
     cross = predictor.depth * _cross_flops(k, n, crop.cross_looks, predictor.dim, predictor.mlp_ratio)
     cross += 2 * predictor.dim * (n * config.dim + k * output_dim)
+    if recipe.objective.pixels:
+        made = sum(2 * output_dim * _patch_values(config, m) * count for m, count in crop.predicted.items())
+        return recipe.views * (2 * first + 3 * (rest + encoder + cross + made))
+    teacher = sum(sum(_embedding_flops(config, m, n)) for m, n in crop.taught.items())
     compared = sum(2 * size**2 * config.dim for size in _compared(recipe, crop))
     per_view = 2 * first + 3 * (rest + encoder + cross) + 2 * compared
     return recipe.views * per_view + teacher
 
 
+def _patch_values(config: OlmoEarthConfig, modality: str, patch_px: int | None = None) -> float:
+    """Count the values behind a token, averaged over the modality's band sets."""
+    sets = config.groups(modality)
+    side = patch_side(modality, patch_px or config.base_patch_px)
+    return side**2 * sum(len(bands) for bands in sets) / len(sets)
+
+
 def _compared(recipe: OlmoEarthRecipe, crop: CropTokens) -> list[int]:
     """List how many tokens are compared with each other, for each table of comparisons."""
+    if recipe.objective.pixels:
+        return []
     if str(recipe.loss["type"]).startswith("modality"):
         return list(crop.decoded_most.values())
     return [crop.decoded_together]
@@ -184,7 +200,7 @@ def _compared(recipe: OlmoEarthRecipe, crop: CropTokens) -> list[int]:
 def _embedding_flops(config: OlmoEarthConfig, modality: str, tokens: float) -> tuple[float, float]:
     """Count a forward pass of a modality's patch embeddings: the first layer, and those after it."""
     sets = config.groups(modality)
-    spatial, pixels = _spatial(modality), _patch_pixels(config, modality)
+    spatial, pixels = _spatial(modality), patch_side(modality, config.base_patch_px) ** 2
     counts = [0.0, 0.0]
     for bands in sets:
         widths = [len(bands), *(config.pixel_hidden if spatial else ())]
@@ -199,11 +215,6 @@ def _embedding_flops(config: OlmoEarthConfig, modality: str, tokens: float) -> t
 
 def _spatial(modality: str) -> bool:
     return MODALITIES[modality].kind in ("series", "still")
-
-
-def _patch_pixels(config: OlmoEarthConfig, modality: str) -> int:
-    """Count the pixels of a patch as it is embedded."""
-    return (config.base_patch_px * SPATIAL_FACTOR.get(modality, 1)) ** 2 if _spatial(modality) else 1
 
 
 def _block_flops(n: float, looks: float, dim: int, mlp_ratio: float) -> float:
@@ -242,8 +253,8 @@ def activation_bytes(recipe: OlmoEarthRecipe, crop: CropTokens, patch_px: int, *
     attention gives, the sum after it and what goes into the GELU; 1 d more where queries and keys are rotated. A
     cross-attention block keeps 5 d for its queries, and 2 d for its context. Patch embeddings keep the resized
     pixels and each layer's input. The loss keeps six copies of what it compares and four tables of comparisons in
-    float32. On small cases this is between 0.8 and 1.6 times what automatic differentiation
-    keeps; a backward pass needs some more for a moment.
+    float32; of pixels, six bytes a value. On small cases this is between 0.8 and 1.6 times what automatic
+    differentiation keeps; a backward pass needs some more for a moment.
     """
     config, predictor = recipe.encoder, recipe.objective.predictor
     n, k = crop.visible, crop.decoded
@@ -254,20 +265,22 @@ def activation_bytes(recipe: OlmoEarthRecipe, crop: CropTokens, patch_px: int, *
     numbers += sum(_embedding_numbers(config, m, count) for m, count in crop.shown.items())
     numbers += 2 * (n + k) * config.dim + 6 * k * config.dim
     inputs = sum(
-        (crop.side_patches * patch_px * SPATIAL_FACTOR.get(m, 1)) ** 2
+        (crop.side_patches * patch_side(m, patch_px)) ** 2
         * len(MODALITIES[m].bands)
         * (crop.dates if MODALITIES[m].kind == "series" else 1)
         for m in config.modalities
         if _spatial(m)
     )
-    tables = 4 * sum(size**2 for size in _compared(recipe, crop))
-    return samples * (recipe.views * (numbers * width + tables * 4) + inputs * 4)
+    compared = 16.0 * sum(size**2 for size in _compared(recipe, crop))
+    if recipe.objective.pixels:
+        compared = 6 * sum(count * _patch_values(config, m, patch_px) for m, count in crop.predicted.items())
+    return samples * (recipe.views * (numbers * width + compared) + inputs * 4)
 
 
 def _embedding_numbers(config: OlmoEarthConfig, modality: str, tokens: float) -> float:
     """Count what a modality's patch embeddings keep: each layer's input, the resized pixels first."""
     sets = config.groups(modality)
-    pixels = _patch_pixels(config, modality)
+    pixels = patch_side(modality, config.base_patch_px) ** 2
     widths = [sum(len(bands) for bands in sets) / len(sets), *config.pixel_hidden]
     return tokens * (pixels * sum(widths) + sum(config.post_hidden) + 2 * config.dim)
 
@@ -405,6 +418,8 @@ def count_parameters(recipe: OlmoEarthRecipe) -> dict[str, int]:
     with torch.device("meta"):
         model = LatentMIM(replace(recipe.objective, teacher_seed=None))
     parts = {"encoder": model.encoder, "predictor": model.predictor, "teacher": model.teacher}
+    if model.reconstructor is not None:
+        parts["reconstructor"] = model.reconstructor
     return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
 
 
@@ -417,7 +432,7 @@ def estimate_memory(
     number, since normalisations stay in float32.
     """
     parameters = count_parameters(recipe)
-    trained = parameters["encoder"] + parameters["predictor"]
+    trained = sum(parameters.values()) - parameters["teacher"]
     low = recipe.precision == "bfloat16"
     share = world if sharded else 1
     samples = min(recipe.micro_batch, recipe.batch // world)

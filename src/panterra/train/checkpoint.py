@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,12 @@ def at(folder: Path, step: int) -> Path | None:
 
 
 def save(
-    folder: Path, objective: nn.Module, optimiser: torch.optim.Optimizer, facts: Mapping[str, Any], *, permanent: bool
+    folder: Path,
+    objective: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    facts: Mapping[str, Any],
+    *,
+    permanent: bool,
 ) -> Path:
     """Write a checkpoint, all ranks together, and remove the temporary ones before it.
 
@@ -48,7 +53,7 @@ def save(
         part.mkdir(parents=True)
     _meet()
     with _one_process_is_meant():
-        save_tensors(_tensors(objective, optimiser), checkpoint_id=part)
+        save_tensors(_tensors(objective, optimisers), checkpoint_id=part)
     if first:
         write_json(part / FACTS, {**facts, "permanent": permanent})
         part.rename(path)
@@ -60,17 +65,17 @@ def save(
     return path
 
 
-def load(path: Path, objective: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Fill an objective, and its optimiser if given, from a checkpoint of any number of ranks; return its facts."""
+def load(path: Path, objective: nn.Module, optimisers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
+    """Fill an objective, and its optimisers if given, from a checkpoint of any number of ranks; return its facts."""
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-    state = _tensors(objective, optimiser)
+    state = _tensors(objective, optimisers)
     with _one_process_is_meant():
         load_tensors(state, checkpoint_id=path)
     set_model_state_dict(objective, state["model"])
-    if optimiser is not None:
-        set_optimizer_state_dict(objective, optimiser, state["optimiser"])
+    if optimisers:
+        set_optimizer_state_dict(objective, optimisers, state["optimiser"])
     facts: dict[str, Any] = json.loads((path / FACTS).read_text())
     return facts
 
@@ -95,13 +100,14 @@ def _expired(path: Path) -> bool:
     return path.suffix == ".part" or not json.loads((path / FACTS).read_text())["permanent"]
 
 
-def _tensors(objective: nn.Module, optimiser: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _tensors(objective: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     state: dict[str, Any] = {"model": get_model_state_dict(objective)}
-    if optimiser is not None:
-        _complete(optimiser)
-        state["optimiser"] = get_optimizer_state_dict(objective, optimiser)
+    if optimisers:
+        for optimiser in optimisers:
+            _complete(optimiser)
+        state["optimiser"] = get_optimizer_state_dict(objective, optimisers)
     return state
 
 
@@ -112,14 +118,14 @@ def _complete(optimiser: torch.optim.Optimizer) -> None:
     """
     if not optimiser.state:
         return
-    step = next(iter(optimiser.state.values()))["step"]
+    example = next(iter(optimiser.state.values()))
     for group in optimiser.param_groups:
         for weight in group["params"]:
             if weight not in optimiser.state:
+                empty = torch.zeros_like(weight, memory_format=torch.preserve_format)
                 optimiser.state[weight] = {
-                    "step": torch.zeros_like(step),
-                    "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
+                    name: torch.zeros_like(value) if name == "step" else empty.clone()
+                    for name, value in example.items()
                 }
 
 

@@ -25,7 +25,7 @@ from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError
 from panterra.train import checkpoint
 from panterra.train.logs import Progress, open_logs, progress_bar
-from panterra.train.optim import Optimisation, Waited, learning_rate, make_optimiser, wait
+from panterra.train.optim import Optimisation, Waited, learning_rate, make_optimisers, wait
 from panterra.train.parallel import (
     Ranks,
     compile_blocks,
@@ -148,7 +148,7 @@ class State:
     objective: nn.Module
     model: nn.Module
     """The objective as DDP or FSDP has it."""
-    optimiser: torch.optim.AdamW
+    optimisers: Sequence[torch.optim.Optimizer]
     signals: Signals
     step: int = 0
     """Steps done."""
@@ -262,7 +262,8 @@ def update(run: Run, state: State, batches: Iterator[Sequence[Micro]], out: Path
     batch = next(batches)
     if run.before_step is not None:
         run.before_step(state.objective, state.step)
-    state.optimiser.zero_grad()
+    for optimiser in state.optimisers:
+        optimiser.zero_grad()
     for i, micro in enumerate(batch):
         generator = seed_micro(run.seed, state.step, ranks.rank, i)
         with synchronising(state.model, ranks, last=i + 1 == len(batch)):
@@ -271,8 +272,8 @@ def update(run: Run, state: State, batches: Iterator[Sequence[Micro]], out: Path
             (loss / len(batch)).backward()
         losses.append(loss.detach().float())
         terms.append(parts)
-    (group,) = state.optimiser.param_groups
-    norm = full(clip(group["params"], run.optimisation.clip_norm), ranks)
+    groups = [group for optimiser in state.optimisers for group in optimiser.param_groups]
+    norm = full(clip([weight for group in groups for weight in group["params"]], run.optimisation.clip_norm), ranks)
     # One look at the device a step: all ranks learn together whether to update and whether to stop.
     values = torch.stack([*losses, norm])
     counts = torch.tensor([bool(state.signals.name), sum(micro.samples for micro in batch)], device=ranks.device)
@@ -284,13 +285,16 @@ def update(run: Run, state: State, batches: Iterator[Sequence[Micro]], out: Path
         refuse(run, state, out, losses=values[:-1].tolist(), norm=norms / ranks.world, terms=terms)
     if run.before_update is not None:
         run.before_update(state.objective, state.step)
-    group["lr"] = learning_rate(state.step + 1, run.optimisation) * state.waited.share
-    state.optimiser.step()
+    rate = learning_rate(state.step + 1, run.optimisation) * state.waited.share
+    for group in groups:
+        group["lr"] = rate
+    for optimiser in state.optimisers:
+        optimiser.step()
     state.step, state.samples, state.stopped = state.step + 1, state.samples + int(samples), bool(stopped)
     state.loss = mean / ranks.world
     return Measures(
         loss=state.loss,
-        learning_rate=group["lr"],
+        learning_rate=rate,
         gradient_norm=norms / ranks.world,
         samples=int(samples),
         seconds=time.perf_counter() - started,
@@ -372,10 +376,10 @@ def begin(run: Run, out: Path, options: Options, ranks: Ranks, signals: Signals)
     if options.compile:
         compile_blocks(objective)
     model = distribute(objective, ranks)
-    optimiser = make_optimiser(model, run.optimisation)
-    state = State(ranks=ranks, objective=objective, model=model, optimiser=optimiser, signals=signals)
+    optimisers = make_optimisers(model, run.optimisation)
+    state = State(ranks=ranks, objective=objective, model=model, optimisers=optimisers, signals=signals)
     if found is not None:
-        state.go_on_from(checkpoint.load(found, objective, optimiser))
+        state.go_on_from(checkpoint.load(found, objective, optimisers))
     return state
 
 
@@ -415,7 +419,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def save(run: Run, state: State, out: Path, options: Options) -> None:
     """Write a checkpoint."""
     permanent = state.step % options.keep_every == 0 or state.step == run.optimisation.steps
-    checkpoint.save(out / "checkpoints", state.objective, state.optimiser, state.facts(), permanent=permanent)
+    checkpoint.save(out / "checkpoints", state.objective, state.optimisers, state.facts(), permanent=permanent)
 
 
 def load_batches(run: Run, ranks: Ranks, steps: range, *, workers: int) -> Iterator[Sequence[Micro]]:

@@ -70,7 +70,10 @@ def collapse_check(
 
 
 def latent_mim_vectors(views: Views) -> Callable[[nn.Module], dict[str, Tensor]]:
-    """Take from Latent MIM its summaries of samples and its predictions beside their targets, on the first of views."""
+    """Take from Latent MIM its summaries of samples and its predictions beside their targets, on the first of views.
+
+    Targets are left out where pixels are predicted.
+    """
     (view, *_) = views
 
     @torch.no_grad()
@@ -81,13 +84,12 @@ def latent_mim_vectors(views: Views) -> Callable[[nn.Module], dict[str, Tensor]]
         inputs = {m: here.inputs[m] for m in objective.config.encoder.modalities if m in visible}
         out = objective.encoder(inputs, here.timestamps, patch_px=here.patch_px, visible=visible)
         predictions = objective.predictor(out.tokens, here.masks, here.timestamps, patch_px=here.patch_px)
-        target = objective.teacher(here.inputs, here.patch_px)
         chosen = predictions.chosen
+        found = {"summary": out.aggregated, "prediction": predictions.tokens[chosen.valid]}
+        if objective.config.pixels:
+            return found
+        target = objective.teacher(here.inputs, here.patch_px)
         wanted = chosen.take(torch.cat([target[m].flatten(1, 4) for m in predictions.sizes], dim=1))
-        return {
-            "summary": out.aggregated,
-            "prediction": predictions.tokens[chosen.valid],
-            "target": wanted[chosen.valid],
-        }
+        return {**found, "target": wanted[chosen.valid]}
 
     return vectors

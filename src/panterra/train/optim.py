@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from panterra.errors import InputError
 
@@ -38,7 +40,7 @@ class Waited:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimisation:
-    """AdamW and its schedule; the defaults are those of all published runs (OlmoEarth)."""
+    """The optimiser and its schedule; the defaults are those of all published runs (OlmoEarth)."""
 
     lr: float
     """The peak."""
@@ -53,6 +55,9 @@ class Optimisation:
     clip_norm: float | None = 1.0
     """Of all gradients together; None leaves them as they are."""
     plateau: Plateau | None = None
+    method: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of transformer blocks by Muon (Jordan et al. 2024) with steps as large as AdamW's (Liu et al.
+    2025), everything else by AdamW. Needs torch 2.9, and whole matrices: not FSDP."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
@@ -81,14 +86,34 @@ def wait(waited: Waited, figure: float, plateau: Plateau) -> Waited:
     return replace(waited, times=0, share=waited.share * plateau.factor)
 
 
-def make_optimiser(module: nn.Module, optimisation: Optimisation) -> torch.optim.AdamW:
-    """Make an AdamW of all trainable parameters, one fused kernel where the device has it."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(
-        weights,
+def make_optimisers(module: nn.Module, optimisation: Optimisation) -> tuple[torch.optim.Optimizer, ...]:
+    """Make an AdamW of all trainable parameters, one fused kernel where the device has it; for muon, one of each kind.
+
+    Raises InputError where Muon cannot be had.
+    """
+    weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    matrices = {}
+    if optimisation.method == "muon":
+        matrices = {name: weight for name, weight in weights.items() if ".blocks." in name and weight.ndim == 2}
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"Muon came with torch 2.9; this is {torch.__version__}: install a newer one")
+        if any(isinstance(weight, DTensor) for weight in matrices.values()):
+            raise InputError("Muon needs whole matrices, which FSDP cuts; use --parallel ddp")
+    others = [weight for name, weight in weights.items() if name not in matrices]
+    adamw = torch.optim.AdamW(
+        others,
         lr=optimisation.lr,
         betas=optimisation.betas,
         eps=optimisation.eps,
         weight_decay=optimisation.weight_decay,
-        fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),
+        fused=all(weight.device.type in ("cpu", "cuda") for weight in others),
     )
+    if not matrices:
+        return (adamw,)
+    muon = torch.optim.Muon(
+        matrices.values(),
+        lr=optimisation.lr,
+        weight_decay=optimisation.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return adamw, muon

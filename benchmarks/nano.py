@@ -1,0 +1,152 @@
+"""What `panterra-nano` is worth beside random weights and raw band statistics: the figures of its card.
+
+    python benchmarks/nano.py                                # EuroSAT sample and planets that it never saw
+    python benchmarks/nano.py --model run/model --sets planet
+
+EuroSAT: 130 images of ten classes, one vector each, cells of one degree kept whole in five folds. Planet: patches of
+40 m with one of eleven classes on 120 planets (seeds from 9000), four dates of one year, whole planets in five folds. A
+kNN and a logistic probe each; intervals of 95 % from resampling cells or planets, "gain" over the better of raw
+statistics and random weights in pairs. One JSON line per row. The sample is found through PANTERRA_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from affine import Affine
+from odc.geo.geobox import GeoBox
+
+from panterra.evaluate.embed import embed_samples, raw_band_statistics, raw_patch_statistics
+from panterra.evaluate.metrics import bootstrap
+from panterra.evaluate.probes import Report, fit_probe
+from panterra.models.weights import load_model
+from panterra.planet import CRS, Planet
+from panterra.sample import Batch, Observation, to_days
+from real_data import as_level_2a
+
+DATES = ("2023-04-20", "2023-06-15", "2023-08-10", "2023-10-05")
+PLANETS, SIDE_PX, CELLS, PER_CLASS = range(9000, 9120), 32, 4, 4
+MIXTURES = {
+    "planet, Sentinel-2": ("sentinel2_l2a",),
+    "planet, Sentinel-1": ("sentinel1",),
+    "planet, Landsat": ("landsat",),
+    "planet, all three": ("sentinel2_l2a", "sentinel1", "landsat"),
+}
+PATCH_M = 40
+
+
+def eurosat(data: Path) -> tuple[list[Batch], np.ndarray, np.ndarray]:
+    """Read the images, their classes and their cells of one degree."""
+    folder = data / "eurosat_ms"
+    rows = [line.split(",") for line in (folder / "index.csv").read_text().splitlines()[1:]]
+    lonlat = np.array([[float(row[4]), float(row[5])] for row in rows])
+    cells = np.unique(np.floor(lonlat), axis=0, return_inverse=True)[1].reshape(-1)
+    with tempfile.TemporaryDirectory() as work:
+        batches = [as_level_2a(folder / row[0], Path(work) / Path(row[0]).stem) for row in rows]
+    return batches, np.array([int(row[2]) for row in rows]), cells
+
+
+def planet(modalities: Sequence[str]) -> tuple[list[Batch], np.ndarray]:
+    """Look at a square of 320 m on each planet; give batches, and class codes per patch, 0 where they are mixed."""
+    batches, codes = [], []
+    rng = np.random.default_rng(1)
+    for seed in PLANETS:
+        left, top = 500000 + 10 * rng.integers(-20000, 20000), 5300000 + 10 * rng.integers(-20000, 20000)
+        there = Planet(seed=seed)
+        ground = there.ground(GeoBox((SIDE_PX, SIDE_PX), Affine(10, 0, left, 0, -10, top), CRS))
+        seen = {}
+        for m in modalities:
+            looks = [there.observe(m, ground, dt.date.fromisoformat(day)) for day in DATES]
+            pixels, valid = (torch.from_numpy(np.stack(part))[None] for part in zip(*looks, strict=True))
+            dates = torch.tensor([[to_days(day) for day in DATES]])
+            seen[m] = Observation(pixels=pixels, dates=dates, valid=valid)
+        batches.append(Batch(observations=seen))
+        side = SIDE_PX // CELLS
+        blocks = there.truth(ground).reshape(side, CELLS, side, CELLS).swapaxes(1, 2).reshape(side, side, -1)
+        counts = (blocks[..., None] == np.arange(12)).sum(2)
+        codes.append(np.where(counts.max(-1) >= 0.75 * CELLS**2, counts.argmax(-1), 0))
+    return batches, np.stack(codes)
+
+
+def drawn(codes: np.ndarray) -> np.ndarray:
+    """Draw a few patches of each class from every planet: [N, 3], planet, row and column."""
+    rng, found = np.random.default_rng(0), []
+    for i, square in enumerate(codes):
+        for code in np.unique(square[square > 0]):
+            found += [(i, *place) for place in rng.permutation(np.argwhere(square == code))[:PER_CLASS]]
+    return np.array(found)
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    """Give each statistic mean 0 and deviation 1: cosines of raw numbers say little."""
+    spread = x.std(0)
+    return (x - x.mean(0)) / np.where(spread > 0, spread, 1)
+
+
+def gain(best: Report, other: Report, targets: np.ndarray, groups: np.ndarray) -> list[float]:
+    """Resample the difference of two accuracies over the same groups."""
+    number = np.unique(groups, return_inverse=True)[1]
+    hits = [np.bincount(number, report.predictions == targets) for report in (best, other)]
+    interval = bootstrap(
+        lambda sums: (sums[..., 0] - sums[..., 1]) / sums[..., 2], np.stack([*hits, np.bincount(number)], axis=1)
+    )
+    return [round(v, 3) for v in (interval.estimate, interval.low, interval.high)]
+
+
+def compare(name: str, features: Iterator[tuple[str, np.ndarray]], targets: np.ndarray, groups: np.ndarray) -> None:
+    """Fit both probes to every feature set; the last one is held against the best of the others."""
+    reports: dict[tuple[str, str], Report] = {}
+    for features_name, x in features:
+        for kind in ("knn", "logistic"):
+            names = {int(c): str(c) for c in np.unique(targets)}
+            _, report = fit_probe(x, targets, kind=kind, groups=groups, folds=5, neighbours=5, names=names)  # type: ignore[arg-type]
+            score = report.metrics["accuracy"]
+            row = {"set": name, "n": len(targets), "features": features_name, "probe": kind}
+            row["accuracy"] = [round(v, 3) for v in (score.estimate, score.low, score.high)]
+            others = [report for (_, its), report in reports.items() if its == kind]
+            if features_name.startswith("*"):
+                best = max(others, key=lambda r: r.metrics["accuracy"].estimate)
+                row |= {"features": features_name[1:], "gain": gain(report, best, targets, groups)}
+            reports[features_name, kind] = report
+            print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="panterra-nano")
+    parser.add_argument("--draws", type=int, default=3, help="of random weights")
+    parser.add_argument("--sets", nargs="+", default=["eurosat", "planet"], choices=["eurosat", "planet"])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("PANTERRA_DATA", "../shared/data")))
+    options = parser.parse_args()
+    encoders = [
+        *((f"random weights, draw {i}", load_model("panterra-nano", random=i)) for i in range(options.draws)),
+        (f"*{options.model}", load_model(options.model)),
+    ]
+    if "eurosat" in options.sets:
+        batches, targets, cells = eurosat(options.data)
+        raw = standardised(np.concatenate([raw_band_statistics(batch) for batch in batches]))
+        embedded = ((name, embed_samples(e, batches, patch_m=PATCH_M)) for name, e in encoders)
+        compare("EuroSAT sample", iter([("raw band statistics", raw), *embedded]), targets, cells)
+    if "planet" in options.sets:
+        for name, modalities in MIXTURES.items():
+            batches, codes = planet(modalities)
+            at = drawn(codes)
+            picked = tuple(at.T)
+            raw = standardised(np.concatenate([raw_patch_statistics(batch, PATCH_M) for batch in batches])[picked])
+            embedded = (
+                (label, embed_samples(e, batches, patch_m=PATCH_M, what="patches")[picked]) for label, e in encoders
+            )
+            compare(name, iter([("raw band statistics", raw), *embedded]), codes[picked], at[:, 0])
+
+
+if __name__ == "__main__":
+    main()
