@@ -88,7 +88,8 @@ def drawn(codes: np.ndarray) -> np.ndarray:
 def standardised(x: np.ndarray) -> np.ndarray:
     """Give each statistic mean 0 and deviation 1: cosines of raw numbers say little."""
     spread = x.std(0)
-    return (x - x.mean(0)) / np.where(spread > 0, spread, 1)
+    scaled: np.ndarray = (x - x.mean(0)) / np.where(spread > 0, spread, 1)
+    return scaled
 
 
 def gain(best: Report, other: Report, targets: np.ndarray, groups: np.ndarray) -> list[float]:
@@ -107,7 +108,7 @@ def compare(name: str, features: Iterator[tuple[str, np.ndarray]], targets: np.n
     for features_name, x in features:
         for kind in ("knn", "logistic"):
             names = {int(c): str(c) for c in np.unique(targets)}
-            _, report = fit_probe(x, targets, kind=kind, groups=groups, folds=5, neighbours=5, names=names)  # type: ignore[arg-type]
+            _, report = fit_probe(x, targets, kind=kind, groups=groups, folds=5, neighbours=5, names=names)
             score = report.metrics["accuracy"]
             row = {"set": name, "n": len(targets), "features": features_name, "probe": kind}
             row["accuracy"] = [round(v, 3) for v in (score.estimate, score.low, score.high)]

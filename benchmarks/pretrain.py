@@ -105,7 +105,7 @@ def stepper(name: str, kind: str) -> Callable[[Views], float]:
     if kind == "plain":
         model = PlainLatentMIM(model).train()  # type: ignore[arg-type]
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        optimiser = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.02)
+        optimiser: torch.optim.Optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.02)
     else:
         (optimiser,) = make_optimisers(model, Optimisation(lr=1e-4, weight_decay=0.02, steps=1, warmup_steps=0))
 

@@ -24,6 +24,7 @@ from panterra.models.anysat_attention import places
 from panterra.models.anysat_convert import anysat_state
 from panterra.models.anysat_predictor import AnySatPredictor, AnySatPredictorConfig
 from panterra.models.anysat_projectors import Grid, Input
+from panterra.models.anysat_training import anysat_predictor_state
 from panterra.objectives.jepa import (
     JEPA,
     JEPAConfig,
@@ -37,13 +38,6 @@ from panterra.objectives.jepa_masks import BlockMasking, Dates, NaiveMasking, Pa
 from panterra.objectives.teacher import follow, momentum_at
 
 RTOL, ATOL = 1e-4, 2e-5
-PREDICTOR = {
-    "predictor_embed.": "input.",
-    "predictor_blocks.": "blocks.",
-    "predictor_norm.": "norm.",
-    "predictor_proj.": "output.",
-    "cls_token": "class_token",
-}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,14 +55,6 @@ def scores(got: Mapping[str, float], wanted: Mapping[str, float]) -> None:
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         close(got[name], value)
-
-
-def predictor_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def ours(key: str) -> str:
-        old = next((old for old in PREDICTOR if key.startswith(old)), "")
-        return PREDICTOR.get(old, "") + key.removeprefix(old)
-
-    return {ours(key): value for key, value in published.items()}
 
 
 # A step of pretraining
@@ -118,7 +104,7 @@ def build(path: Path, listing: Mapping[str, Any]) -> JEPA:
     model.encoder.load_state_dict(encoder)
     model.teacher.load_state_dict({name: 0.9 * weight for name, weight in encoder.items()})
     model.masked_token.data.copy_(predictor.pop("masked_token"))
-    model.predictor.load_state_dict(predictor_state(predictor))
+    model.predictor.load_state_dict(anysat_predictor_state(predictor))
     return model
 
 
@@ -175,7 +161,7 @@ def check_gradients(model: JEPA, listing: Mapping[str, Any]) -> None:
     keys = {names[ours]: list(published.values())[int(i)] for ours, i in renamed.items()}
     predictor = [key for key in recorded if key.startswith("predictor.")]
     for key in predictor:
-        (ours,) = predictor_state({key.removeprefix("predictor."): torch.empty(0)})
+        (ours,) = anysat_predictor_state({key.removeprefix("predictor."): torch.empty(0)})
         keys[f"predictor.{ours}"] = key
     keys["masked_token"] = "masked_token"
     assert sorted(keys.values()) == sorted(recorded)
@@ -210,7 +196,9 @@ def predictor(path: Path) -> None:
     listing, found = read(path)
     config = AnySatPredictorConfig(**listing["config"])
     model = AnySatPredictor(config, config.dim)
-    model.load_state_dict(predictor_state({k.removeprefix("w."): v for k, v in found.items() if k.startswith("w.")}))
+    model.load_state_dict(
+        anysat_predictor_state({k.removeprefix("w."): v for k, v in found.items() if k.startswith("w.")})
+    )
     table = place_before(places(6, 6, 1, config.dim))
     targets = torch.stack([found[key] for key in sorted(found) if key.startswith("in.mask_pred.")])
     out = model(found["in.context"], table[found["in.mask_enc.0"]], table[targets])

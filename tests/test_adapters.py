@@ -331,7 +331,7 @@ def test_inputs_that_are_normalised_already_are_only_put_in_order():
     model = adapter(
         seen, inputs=(Input(modality="sentinel2_l2a", bands=BANDS, scale=1e-4, mean=(1.0,) * 3, std=(2.0,) * 3),)
     )
-    assert normalisations(model) == ("model", "dataset")
+    assert normalisations(model) == ("model", "dataset", "published")
     model.normalized_input = True
     model.encode(batch_of(sentinel2_l2a=o), patch_m=20)
     torch.testing.assert_close(seen.views[0].image[0], o.pixels[0, 0, INDEX])

@@ -7,9 +7,11 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
+from panterra.models.anysat_attention import buckets, distance_bias, places
 from panterra.models.anysat_sensors import SENSORS
 from panterra.models.weights import load_model
 from panterra.planet import CLASSES, CRS, Planet
+from panterra.recipes.anysat import run_from
 from panterra.recipes.anysat_planet import (
     DATES,
     SERIES,
@@ -17,6 +19,7 @@ from panterra.recipes.anysat_planet import (
     Regions,
     Tiles,
     choose_patches,
+    directions,
     draw_regions,
     embed_patches,
     find_place,
@@ -142,10 +145,43 @@ def test_a_run_trains_checks_and_exports_a_model_that_embeds_any_mix(close, far,
         assert len(embed_patches(model, Tiles(regions=close, metres=40, modalities=("aerial",)), patch_m=patch_m).codes)
 
 
+def test_a_calibrated_start_has_no_constants_and_looks_at_home(close, far):
+    statistics = planet_statistics(close, far)
+    run = planet_run(tiny_recipe(), close, far, statistics=statistics)
+    torch.manual_seed(0)
+    encoder = run.objective().encoder.eval()
+    views = [run.batches(0, 1)[10**5 + i][0] for i in range(16)]
+    with torch.no_grad():
+        given = [encoder(view.inputs, scale=view.grid.scale) for view in views]
+    tokens = torch.cat([x.flatten(0, 1) for out in given for x in out.embedded.tokens.values()])
+    patches = torch.cat([out.patches.flatten(0, 2) for out in given])
+    for x in (tokens, patches):
+        torch.testing.assert_close(x.mean(0), torch.zeros(64), atol=1e-3, rtol=0)
+        torch.testing.assert_close(x.std(0), torch.ones(64), atol=1e-2, rtol=0)
+    index = buckets(4, 4)[None]
+    scores = distance_bias(
+        (encoder.combiner.query + places(4, 4, 1, 64))[..., :32], encoder.combiner.distance, index[:, 1:]
+    )
+    at_home = torch.eye(16, dtype=torch.bool)
+    assert scores[0, 0, :, 1:][at_home].min() > 2
+    assert scores[0, 0, :, 1:][~at_home].abs().max() < 0.5
+
+
+def test_directions_cross_what_varies():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 6, generator=g) @ torch.randn(6, 6, generator=g)
+    along = (rows - rows.mean(0)) @ directions(rows, 40, g).T
+    torch.testing.assert_close(along.std(0), torch.ones(40), atol=1e-2, rtol=0)
+    # Of only two components nothing else is left.
+    found = directions(rows, 40, g, most=2)
+    assert int(torch.linalg.matrix_rank(found, rtol=1e-4)) == 2
+
+
 def test_the_recipe_sees_four_sensors_on_three_sizes_of_tiles():
     recipe = planet_tiny()
     assert {name for source in recipe.sources for name in source.sensors} == {"aerial", "s2", "s1", "l8"}
     assert {source.cells for source in recipe.sources} == {2, 4, 12}
     assert all(set(source.sensors) <= set(SENSORS) for source in recipe.sources)
     assert 3 not in {scale for source in recipe.sources for scale in source.scales}  # kept for the evaluation
-    assert recipe.lr < 1e-3  # which collapses
+    run = run_from(recipe, dict.fromkeys((source.name for source in recipe.sources), range(100)))
+    assert run.optimisation.method == "muon"

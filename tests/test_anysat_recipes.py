@@ -34,6 +34,8 @@ def test_geoplex_is_the_published_run():
     assert (objective.prediction_weight, objective.contrast_weight, objective.contrast_temperature) == (1, 1, 0.1)
     assert objective.published
     assert (recipe.modality_dropout, recipe.date_dropout, recipe.masking) == (0.5, 0.5, "blocks")
+    assert (recipe.lone_sensors, objective.targets, objective.dropped) == (0, "normalised", "masked")
+    assert recipe.method == "adamw"
     assert (recipe.lr, recipe.weight_decay, recipe.betas, recipe.eps) == (5e-5, 0.05, (0.9, 0.999), 1e-8)
     assert (recipe.warmup_steps, recipe.final_share, recipe.clip_norm) == (0, 1, None)
     assert (recipe.momentum_start, recipe.momentum_end, recipe.epochs, recipe.data_seed) == (0.996, 1, 200, 32)
@@ -123,3 +125,45 @@ def test_validation_averages_the_losses_of_other_samples():
         losses = [objective(tiles) for step in range(2) for tiles in run.batches(0, 1)[step]]
     torch.testing.assert_close(found["loss"], float(sum(out.total for out in losses)) / 2)
     torch.testing.assert_close(found["contrast"], float(sum(out.contrast for out in losses)) / 2)
+
+
+def first_tiles(recipe):
+    run = run_from(recipe, {"planted": Tiles()})
+    torch.manual_seed(0)
+    return run.objective(), run.batches(0, 1)[0][0]
+
+
+def test_standardised_targets_differ_between_samples_alone():
+    objective, tiles = first_tiles(replace(corrected(small()), targets="standardised"))
+    every = torch.arange(16).expand(1, tiles.samples, -1)
+    tiles = replace(tiles, masks=replace(tiles.masks, targets=every))
+    target = objective.targets(tiles)[0]
+    torch.testing.assert_close(target.mean(0), torch.zeros(16, 96), atol=1e-4, rtol=0)
+    made = objective.teacher(tiles.inputs, scale=tiles.grid.scale).patches.flatten(1, 2)
+    rows = (made - made.mean(0)).flatten(0, 1)
+    expected = torch.nn.functional.batch_norm(rows, None, None, training=True, eps=1e-6)
+    torch.testing.assert_close(target.flatten(0, 1), expected, atol=1e-4, rtol=1e-4)
+    one = {name: replace(x, values=x.values[:1], days=x.days[:1]) for name, x in tiles.inputs.items()}
+    with pytest.raises(InputError, match="nothing to be standardised over"):
+        objective.targets(replace(tiles, inputs=one))
+
+
+def test_hidden_tokens_are_not_there():
+    for dropped, alike in (("masked", False), ("hidden", True)):
+        objective, tiles = first_tiles(replace(corrected(small()), dropped=dropped))
+        objective.eval()
+        assert not tiles.kept.all()
+        with torch.no_grad():
+            before = objective.look(tiles).encoded
+            objective.masked_token.fill_(3.0)
+            assert torch.equal(before, objective.look(tiles).encoded) == alike
+
+
+def test_some_samples_show_one_sensor_alone():
+    recipe = replace(corrected(small()), modality_dropout=0.0)
+    assert run_from(recipe, {"planted": Tiles()}).batches(0, 1)[0][0].kept.all()
+    for step in range(4):
+        (tiles,) = run_from(replace(recipe, lone_sensors=1.0), {"planted": Tiles()}).batches(0, 1)[step]
+        by_sensor = tiles.kept.unflatten(1, (3, -1))
+        assert torch.equal(by_sensor.all(2), by_sensor.any(2))
+        assert (by_sensor.any(2).sum(1) == 1).all()

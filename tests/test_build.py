@@ -15,8 +15,10 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
-from panterra.data.build import NEAR_BITS, Choice, Job, Rules, Splits, build_corpus, find_duplicates, plan_corpus
+from panterra.data.build import build_corpus
 from panterra.data.composites import compose, period_starts, timestamps_of
+from panterra.data.corpus_plan import Choice, Job, Rules, Splits, plan_corpus
+from panterra.data.duplicates import NEAR_BITS, find_duplicates
 from panterra.data.olmoearth_h5 import open_corpus, read_item
 from panterra.data.openstreetmap import rasterise, read_features, to_common_grid
 from panterra.data.windows import CELL_M, Cell, Window, parse_cell
@@ -119,7 +121,8 @@ def test_what_is_read_back_are_the_pixels_of_the_scene(tmp_path):
 
 KILLED = """
 import os, sys
-from panterra.data.build import Job, Rules, build_corpus
+from panterra.data.build import build_corpus
+from panterra.data.corpus_plan import Job, Rules
 def progress(done, total):
     if done == 2:
         os._exit(9)

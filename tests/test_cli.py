@@ -97,8 +97,9 @@ def test_models_say_their_licence(capsys):
     cards = answer(capsys, "models")
     assert cards["olmoearth-v1.2-nano"]["dim"] == 128
     assert cards["anysat-base"]["licence"] == "MIT"
-    assert all(bool(card["licence"]) == bool(card["address"]) for card in cards.values())
-    assert [name for name, card in cards.items() if card["address"] is None] == ["anysat-tiny", "anysat-small"]
+    assert all(bool(card["licence"]) == bool(card["address"] or card["packaged"]) for card in cards.values())
+    unpublished = [name for name, card in cards.items() if card["address"] is None]
+    assert unpublished == ["panterra-nano", "anysat-tiny", "anysat-small"]
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +183,17 @@ def test_doctor_repairs_reflectance_from_0_to_1(planet, tmp_path, capsys):
 def test_the_demo_ends_in_a_report(tmp_path, capsys):
     result = answer(capsys, "demo", "--out", tmp_path / "demo", "--size-px", 96, "--patch-m", 40, "--block-m", 120)
     page = Path(result["report"]).read_text()
-    assert "Random weights" in page
+    assert "Random weights" not in page
+    assert "panterra-nano" in page
     assert "Agreement with the truth" in page
     assert page.count("<figure>") == 3
     assert result["energy_method"] in ("measured", "modelled")
     assert all(Path(result[name]).exists() for name in ("map", "passport", "embeddings", "probe"))
+
+
+def test_a_demo_with_random_weights_says_so(tmp_path, capsys):
+    arguments = ("--out", tmp_path / "demo", "--size-px", 64, "--patch-m", 40, "--block-m", 120, "--random", 0)
+    assert "Random weights" in Path(answer(capsys, "demo", *arguments)["report"]).read_text()
 
 
 def test_the_demo_on_own_data_has_no_truth(planet, tmp_path, capsys):

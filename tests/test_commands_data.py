@@ -17,7 +17,7 @@ from panterra.commands.data import (
     run_verify,
     spread,
 )
-from panterra.data.build import Job, Rules, Splits
+from panterra.data.corpus_plan import Job, Rules, Splits
 from panterra.data.olmoearth_h5 import Sample, open_corpus, write_corpus
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES

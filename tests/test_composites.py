@@ -7,8 +7,9 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from panterra.data.composites import as_stored, compose, period_starts, timestamps_of
+from panterra.imagery.items import SceneAsset, SceneBand
 from panterra.imagery.raster import write_cog
-from panterra.imagery.stac import SceneAsset, SceneBand, make_item, open_scene
+from panterra.imagery.stac import make_item, open_scene
 from panterra.modalities import MODALITIES
 
 BOX = GeoBox((6, 8), Affine(10, 0, 476160, 0, -10, 5294080), "EPSG:32633")

@@ -11,8 +11,9 @@ from odc.geo.geobox import GeoBox
 
 from panterra.imagery.doctor import Finding, examine, repair, sampled, swapped
 from panterra.imagery.files import scene_from_files
+from panterra.imagery.items import SceneAsset, SceneBand
 from panterra.imagery.raster import write_cog
-from panterra.imagery.stac import SceneAsset, SceneBand, make_item, open_scene, save_scene
+from panterra.imagery.stac import make_item, open_scene, save_scene
 from panterra.imagery.units import offset_kept
 from panterra.modalities import MODALITIES
 

@@ -67,7 +67,7 @@ def test_what_cannot_be_embedded_is_named():
     assert embed_samples(MeanColour(), [small, large], patch_m=20).shape == (6, 2)
     with pytest.raises(InputError, match="no batches came"):
         embed_samples(MeanColour(), [], patch_m=20)
-    with pytest.raises(InputError, match="wanted 'summary', 'patches' or 'centre'"):
+    with pytest.raises(InputError, match="wanted 'summary', 'patches', 'dense' or 'centre'"):
         embed_samples(MeanColour(), [small], patch_m=20, what="pixels")
 
 

@@ -174,3 +174,29 @@ def test_seeds_are_averaged():
 @pytest.mark.parametrize(("value", "text"), [(0.12345, "0.123"), (123.4, "123"), (float("nan"), "–")])
 def test_figures_have_three_digits(value, text):
     assert figure(value) == text
+
+
+def test_models_can_be_fine_tuned_and_features_diagnosed(root, tmp_path, capsys):
+    model = "olmoearth-v1.2-nano@random:0"
+    words = ("--models", model, "--benchmarks", f"planet_pixels={root}", "--out", tmp_path, "--epochs", 1)
+    options = ("--tuning-rates", 0.001, "--tuned-head", "nearest", "--precision", "float32", "--diagnostics")
+    run(*words, *options, "--rates", 0.01, "--limit", 4, "--protocols", "linear", "finetune")
+    assert "finetune" in capsys.readouterr().out
+    with (tmp_path / "results.csv").open(newline="") as file:
+        probe, tuned = csv.DictReader(file)
+    assert (tuned["protocol"], tuned["head"], tuned["precision"], tuned["rate"]) == (
+        "finetune",
+        "nearest",
+        "float32",
+        "0.001",
+    )
+    assert float(tuned["seconds"]) > 0
+    assert tuned["embed_seconds"] == "0.0"
+    assert 1 <= float(probe["effective_rank"]) <= 128
+    assert float(probe["uniformity"]) < 0
+    assert tuned["effective_rank"] == ""
+    for line in (probe, tuned):
+        assert 0 <= float(line["ece"]) <= 1
+    page = (tmp_path / "report.html").read_text()
+    assert "How features spread" in page
+    assert "nearest head" in page

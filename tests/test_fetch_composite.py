@@ -7,9 +7,10 @@ from odc.geo.geobox import GeoBox
 
 from panterra.imagery.clouds import HIDING, grow, near_clouds
 from panterra.imagery.composite import BLOCK_PX, blocks, compose_block, reduce_dates
+from panterra.imagery.items import MASKS, SceneAsset, SceneBand, SceneItem
 from panterra.imagery.pull import storage_type, to_storage
 from panterra.imagery.raster import write_cog
-from panterra.imagery.stac import MASKS, Scene, SceneAsset, SceneBand, SceneItem
+from panterra.imagery.stac import Scene
 from panterra.modalities import MODALITIES
 
 BOX = GeoBox((30, 40), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")

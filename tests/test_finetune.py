@@ -410,7 +410,11 @@ def test_rates_and_decay_go_to_the_right_parameters():
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"method": "half"}, "full, head or lora"), ({"epochs": 0}, "1 or more"), ({"layer_decay": 0.0}, "layer_decay")],
+    [
+        ({"method": "half"}, "full, head, lora or projector"),
+        ({"epochs": 0}, "1 or more"),
+        ({"layer_decay": 0.0}, "layer_decay"),
+    ],
 )
 def test_wrong_settings_are_refused(wrong, said):
     with pytest.raises(InputError, match=said):

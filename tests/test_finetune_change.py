@@ -20,8 +20,9 @@ from panterra.finetune.model import Base, FineTuned, Setup, at_periods, load_fin
 from panterra.finetune.pairs import Periods, compare, pair_up
 from panterra.finetune.run import finetune
 from panterra.finetune.step import Tuning
+from panterra.imagery.items import SceneAsset, SceneBand, SceneItem
 from panterra.imagery.raster import grid_of
-from panterra.imagery.stac import Scene, SceneAsset, SceneBand, SceneItem, open_scene
+from panterra.imagery.stac import Scene, open_scene
 from panterra.mapping import run
 from panterra.modalities import MODALITIES
 from panterra.models.features import Features

@@ -34,8 +34,9 @@ from panterra.finetune.objects import objects_from_scenes
 from panterra.finetune.run import finetune
 from panterra.finetune.score import report, score
 from panterra.finetune.step import Tuning
+from panterra.imagery.items import SceneAsset, SceneBand, SceneItem
 from panterra.imagery.raster import grid_of
-from panterra.imagery.stac import Scene, SceneAsset, SceneBand, SceneItem, open_scene
+from panterra.imagery.stac import Scene, open_scene
 from panterra.mapping import run
 from panterra.modalities import MODALITIES
 from panterra.models.anysat import AnySat, AnySatConfig

@@ -43,6 +43,18 @@ def test_places_follow_from_their_seed_and_are_drawn_once(places, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_the_planets_of_the_demo_and_of_the_figures_were_never_learned_from():
+    from panterra.recipes.nano_places import PER_PLANET, TRAINING_SEEDS
+
+    seeds = {
+        int(np.random.default_rng([part, first]).integers(TRAINING_SEEDS))
+        for part, count in enumerate(NanoRecipe().places, 1)
+        for first in range(0, count, PER_PLANET)
+    }
+    assert len(seeds) > 1000
+    assert not seeds & {0, *range(TRAINING_SEEDS, 10_000)}
+
+
 def test_the_surface_of_a_place_has_the_class_of_the_planet_there(places):
     """Roads, roofs and yards are built-up land, every other kind is its own class."""
     from panterra.planet import SURFACES
@@ -184,3 +196,57 @@ def test_a_person_starts_it_without_data(folder, capsys):
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         configured("panterra-nano", [change])
+
+
+def test_the_weights_that_come_with_panterra_are_those_of_the_recipe():
+    model = load_model("panterra-nano")
+    assert model.config == NanoRecipe().encoder
+    assert model.name == "panterra-nano"
+    assert model.licence == "Apache-2.0"
+    folder = Path(load_model.__globals__["__file__"]).with_name("panterra_nano")
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+    assert load_model("panterra-nano", random=1).config == model.config
+
+
+def test_they_tell_what_is_on_a_planet_better_than_bands_or_random_weights_do(capsys):
+    from panterra.evaluate.embed import embed_samples, raw_patch_statistics
+    from panterra.evaluate.probes import fit_probe
+
+    batches, codes = held_out()
+    rows = {
+        "bands": np.concatenate([raw_patch_statistics(batch, 40) for batch in batches]),
+        "random": embed_samples(load_model("panterra-nano", random=0), batches, patch_m=40, what="patches"),
+        "trained": embed_samples(load_model("panterra-nano"), batches, patch_m=40, what="patches"),
+    }
+    common = [code for code in np.unique(codes[codes > 0]) if (codes == code).any((1, 2)).sum() >= 5]
+    at = np.argwhere(np.isin(codes, common))
+    accuracy = {}
+    for name, x in rows.items():
+        x = x[tuple(at.T)]
+        x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+        _, report = fit_probe(x, codes[tuple(at.T)], kind="knn", neighbours=5, groups=at[:, 0], resamples=20)
+        accuracy[name] = report.metrics["accuracy"].estimate
+    assert accuracy["trained"] > accuracy["bands"] + 0.03 > accuracy["random"]
+
+
+def held_out(count=24, side_px=16):
+    """Look at squares of 160 m on planets from 9500, on four dates; classes of patches of 40 m, 0 where mixed."""
+    from affine import Affine
+    from odc.geo.geobox import GeoBox
+
+    from panterra.planet import CRS
+    from panterra.sample import Batch, Observation
+
+    batches, codes = [], []
+    rng = np.random.default_rng(5)
+    for seed in range(9500, 9500 + count):
+        left, top = 500000 + 10 * rng.integers(-20000, 20000), 5300000 + 10 * rng.integers(-20000, 20000)
+        planet = Planet(seed=seed)
+        ground = planet.ground(GeoBox((side_px, side_px), Affine(10, 0, left, 0, -10, top), CRS))
+        days = ("2022-04-10", "2022-06-20", "2022-08-05", "2022-10-01")
+        pixels = np.stack([planet.observe("sentinel2_l2a", ground, day)[0] for day in days])
+        batches.append(Batch(observations={"sentinel2_l2a": Observation.build(pixels, list(days))}))
+        blocks = planet.truth(ground).reshape(side_px // 4, 4, side_px // 4, 4).swapaxes(1, 2).reshape(4, 4, 16)
+        codes.append(np.where((blocks == blocks[..., :1]).all(-1), blocks[..., 0], 0))
+    return batches, np.stack(codes)

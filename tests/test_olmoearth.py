@@ -157,7 +157,7 @@ def test_equals_the_plain_version_at_full_size(version):
 
 def test_parameters_add_up_to_the_published_counts():
     for card in MODELS.values():
-        if card.family.startswith("olmoearth-") and card.size in ("nano", "tiny", "small"):
+        if card.name.startswith("olmoearth-") and card.size in ("nano", "tiny", "small"):
             model = OlmoEarth(released_config(card.family.removeprefix("olmoearth-"), card.size))
             assert sum(p.numel() for p in model.parameters()) == card.parameters, card.name
 

@@ -10,12 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from panterra import planet as planet_module
 from panterra.errors import InputError
 from panterra.imagery.raster import grid_of, read_legend, read_onto
 from panterra.imagery.stac import open_scene
 from panterra.modalities import MODALITIES
-from panterra.planet import CLASSES, SENSORS, Planet, write_planet_scene
+from panterra.planet import CLASSES, SENSORS, Planet, scenes, write_planet_scene
 
 CODES = {c.name: c.code for c in CLASSES}
 CLEAR = Planet(seed=0, clouds=0)
@@ -218,7 +217,7 @@ def test_elevation_and_canopy_are_seen(town):
 def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planet_module, "_CHUNK", 64)
+        patch.setattr(scenes, "_CHUNK", 64)
         return write_planet_scene(
             folder / "scene",
             size_px=150,

@@ -16,19 +16,9 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
+from panterra.imagery.items import CONVERSIONS, MASKS, SceneAsset, SceneBand
 from panterra.imagery.raster import write_cog
-from panterra.imagery.stac import (
-    CONVERSIONS,
-    MASKS,
-    SceneAsset,
-    SceneBand,
-    make_item,
-    modality_grid,
-    open_scene,
-    parse_item,
-    pixel_metres,
-    save_scene,
-)
+from panterra.imagery.stac import make_item, modality_grid, open_scene, parse_item, pixel_metres, save_scene
 from panterra.modalities import MODALITIES
 
 BOX = GeoBox((40, 50), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from panterra.errors import InputError
+    from panterra.imagery.declared import declare_modality
     from panterra.imagery.stac import Scene, open_scene
     from panterra.mapping.run import embed, map
     from panterra.modalities import MODALITIES, Band, Modality
@@ -17,6 +18,7 @@ _HOMES = {
     "MODALITIES": "panterra.modalities",
     "Band": "panterra.modalities",
     "Modality": "panterra.modalities",
+    "declare_modality": "panterra.imagery.declared",
     "Batch": "panterra.sample",
     "Observation": "panterra.sample",
     "collate": "panterra.sample",
@@ -40,6 +42,7 @@ __all__ = [
     "Observation",
     "Scene",
     "collate",
+    "declare_modality",
     "embed",
     "load_model",
     "map",

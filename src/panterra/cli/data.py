@@ -67,7 +67,7 @@ def build(
     """Make a pretraining corpus: windows of 2.56 km, one mosaic per 30 days, in the published layout."""
     from panterra.commands.data import parse_day, parse_shares, run_build
     from panterra.commands.terminal import show_json
-    from panterra.data.build import Choice, Job, Rules, Splits
+    from panterra.data.corpus_plan import Choice, Job, Rules, Splits
 
     built = run_build(
         out,

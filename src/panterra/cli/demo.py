@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from panterra.cli.options import BlockM, Json, LabelColumn, PatchM, RandomSeed, WindowPx
 
-DEMO_MODEL = "olmoearth-v1.2-nano"
+DEMO_MODEL = "panterra-nano"
 
 
 def demo(
@@ -18,7 +18,7 @@ def demo(
     scene: Annotated[str | None, Parameter(help="A scene of your own instead of the procedural planet.")] = None,
     labels: Annotated[Path | None, Parameter(help="Its labels: points or polygons with a class.")] = None,
     column: LabelColumn | None = None,
-    model: Annotated[str | None, Parameter(help="Name or folder; random weights if left out.")] = None,
+    model: Annotated[str, Parameter(help="Name or folder.")] = DEMO_MODEL,
     random: RandomSeed = None,
     patch_m: PatchM = 20,
     window_px: WindowPx | None = None,
@@ -36,8 +36,8 @@ def demo(
         scene=scene,
         labels=labels,
         column=column,
-        model=model or DEMO_MODEL,
-        random=0 if model is None and random is None else random,
+        model=model,
+        random=random,
         patch_m=patch_m,
         window_px=window_px,
         block_m=block_m,

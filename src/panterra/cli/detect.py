@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -46,33 +45,29 @@ def detect(
     as_json: Json = False,
 ) -> None:
     """List the objects in a scene, each once. A stopped run goes on where it was and ends with the same bytes."""
-    from panterra.commands.terminal import note, progress_bar, show_json, show_table
+    from panterra.commands.terminal import despite_failures, note, show_json, show_table
     from panterra.finetune.model import at_periods, load_finetuned
     from panterra.mapping import detections
-    from panterra.mapping.parts import IncompleteError
 
-    failed: Mapping[str, str] = {}
-    try:
-        with progress_bar("detecting") as progress:
-            found = detections.detect(
-                scene,
-                at_periods(load_finetuned(model), before, after),
-                out,
-                threshold=threshold,
-                same=same,
-                tile_px=tile_px,
-                crs=crs,
-                aoi=aoi,
-                on=on,
-                overwrite=overwrite,
-                country=country,
-                budget_kwh=budget_kwh,
-                progress=progress,
-                note=note,
-            )
-    except IncompleteError as error:
-        note(f"panterra: {error}")
-        found, failed = error.result, error.failed
+    found, failed = despite_failures(
+        "detecting",
+        lambda progress: detections.detect(
+            scene,
+            at_periods(load_finetuned(model), before, after),
+            out,
+            threshold=threshold,
+            same=same,
+            tile_px=tile_px,
+            crs=crs,
+            aoi=aoi,
+            on=on,
+            overwrite=overwrite,
+            country=country,
+            budget_kwh=budget_kwh,
+            progress=progress,
+            note=note,
+        ),
+    )
     if as_json:
         show_json(
             {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,37 +49,33 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """Embed a scene: one vector per patch. A stopped run goes on where it was."""
-    from panterra.commands.terminal import note, progress_bar, show_json
+    from panterra.commands.terminal import despite_failures, note, show_json
     from panterra.mapping import run
-    from panterra.mapping.parts import IncompleteError
     from panterra.mapping.seams import read_seams, warning_of
     from panterra.models.weights import load_model
 
-    failed: Mapping[str, str] = {}
-    try:
-        with progress_bar("embedding") as progress:
-            store = run.embed(
-                scene,
-                load_model(model, random=random),
-                out,
-                patch_m=patch_m,
-                modalities=modalities,
-                window_px=window_px,
-                overlap_px=overlap_px,
-                tile_px=tile_px,
-                crs=crs,
-                aoi=aoi,
-                dtype=dtype,
-                on=on,
-                overwrite=overwrite,
-                country=country,
-                budget_kwh=budget_kwh,
-                progress=progress,
-                note=note,
-            )
-    except IncompleteError as error:
-        note(f"panterra: {error}")
-        store, failed = error.result, error.failed
+    store, failed = despite_failures(
+        "embedding",
+        lambda progress: run.embed(
+            scene,
+            load_model(model, random=random),
+            out,
+            patch_m=patch_m,
+            modalities=modalities,
+            window_px=window_px,
+            overlap_px=overlap_px,
+            tile_px=tile_px,
+            crs=crs,
+            aoi=aoi,
+            dtype=dtype,
+            on=on,
+            overwrite=overwrite,
+            country=country,
+            budget_kwh=budget_kwh,
+            progress=progress,
+            note=note,
+        ),
+    )
     seams = read_seams(store.passport)
     if warning := warning_of(seams):
         note(warning)

@@ -24,8 +24,20 @@ def evaluate(
     ],
     out: Annotated[Path, Parameter(help="Folder for tables and report; a repeated run goes on in it.")],
     protocols: Annotated[
-        list[Literal["knn", "linear", "interpolate", "attention", "anysat"]],
-        Parameter(consume_multiple=True, help="How features are judged."),
+        list[
+            Literal[
+                "knn",
+                "linear",
+                "interpolate",
+                "attention",
+                "anysat",
+                "finetune",
+                "anysat_finetune",
+                "anysat_plus",
+                "anysat_scratch",
+            ]
+        ],
+        Parameter(consume_multiple=True, help="How features are judged; from finetune on, encoders are trained."),
     ] = ["knn", "linear"],  # noqa: B006  (cyclopts copies it)
     fractions: Annotated[
         list[float], Parameter(consume_multiple=True, help="Shares of the training samples, for curves over labels.")
@@ -55,8 +67,17 @@ def evaluate(
     published_rate: Annotated[
         bool, Parameter(show_default=False, help="Take the one rate of the published table, where it has a set.")
     ] = False,
-    epochs: Annotated[int | None, Parameter(help="Of probe training, not the published number.")] = None,
-    batch: Annotated[int | None, Parameter(help="Samples per step of a probe, not the published number.")] = None,
+    tuning_rates: Annotated[
+        list[float] | None,
+        Parameter(consume_multiple=True, help="Learning rates of finetune instead of the published three."),
+    ] = None,
+    tuned_head: Annotated[
+        Literal["published", "nearest", "naive", "mean", "max", "batch_mlp"],
+        Parameter(help="Of encoders that are trained, where it is for the task (see: evaluating.md)."),
+    ] = "published",
+    precision: Annotated[Literal["bfloat16", "float32"], Parameter(help="In which encoders are trained.")] = "bfloat16",
+    epochs: Annotated[int | None, Parameter(help="Of training, not the published number.")] = None,
+    batch: Annotated[int | None, Parameter(help="Samples per step, not the published number.")] = None,
     loss: Annotated[
         Literal["cross_entropy", "dice"] | None,
         Parameter(help="Of pixels' classes; dice: both. As published if left out."),
@@ -69,15 +90,19 @@ def evaluate(
     ] = False,
     patch_m: Annotated[float | None, Parameter(help="Side of a patch in metres; four pixels if left out.")] = None,
     modalities: ModalityNames | None = None,
+    diagnostics: Annotated[
+        bool, Parameter(show_default=False, help="Also say how features spread: rank, uniformity, cosines, norms.")
+    ] = False,
     limit: Annotated[int | None, Parameter(help="At most so many samples of each split, for a first look.")] = None,
     cache: Annotated[Path | None, Parameter(help="Folder of features; inside --out if left out.")] = None,
     device: Annotated[str, Parameter(help="Where to compute, such as cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Compare models on labelled data sets by probes of their frozen features. A stopped run goes on where it was."""
+    """Compare models on labelled data sets, frozen or fine-tuned. A stopped run goes on where it was."""
     from panterra.commands.evaluate import HEADINGS, parse_benchmarks, refuse_failures, run_evaluate, table_of
     from panterra.commands.terminal import note, show_json, show_table
     from panterra.errors import InputError
+    from panterra.evaluate.published_tuning import RATES as TUNING_RATES
     from panterra.evaluate.suite import Plan, Row
     from panterra.evaluate.sweep import RATES
 
@@ -96,6 +121,9 @@ def evaluate(
         poolings=("mean", "max") if "pooling" in sweep else ("mean",),
         rates=tuple(rates) if rates else RATES,
         published_rate=published_rate,
+        tuning_rates=tuple(tuning_rates) if tuning_rates else TUNING_RATES,
+        tuned_head=tuned_head,
+        precision=precision,
         epochs=epochs,
         batch=batch,
         loss=loss,
@@ -103,6 +131,7 @@ def evaluate(
         as_published=as_published,
         patch_m=patch_m,
         modalities=tuple(modalities) if modalities else None,
+        diagnostics=diagnostics,
         limit=limit,
         device=device,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,35 +47,31 @@ def map(
     as_json: Json = False,
 ) -> None:
     """Map a scene with a probe. A stopped run goes on where it was and ends with the same bytes."""
-    from panterra.commands.terminal import note, progress_bar, show_json
+    from panterra.commands.terminal import despite_failures, note, show_json
     from panterra.finetune.model import at_periods
     from panterra.mapping import run
-    from panterra.mapping.parts import IncompleteError
     from panterra.mapping.seams import warning_of
     from panterra.models.weights import load_model
 
-    failed: Mapping[str, str] = {}
-    try:
-        with progress_bar("mapping") as progress:
-            result = run.map(
-                source,
-                at_periods(run.as_probe(probe), before, after),
-                out,
-                model=load_model(model, random=random) if model else None,
-                probabilities=probabilities,
-                tile_px=tile_px,
-                crs=crs,
-                aoi=aoi,
-                on=on,
-                overwrite=overwrite,
-                country=country,
-                budget_kwh=budget_kwh,
-                progress=progress,
-                note=note,
-            )
-    except IncompleteError as error:
-        note(f"panterra: {error}")
-        result, failed = error.result, error.failed
+    result, failed = despite_failures(
+        "mapping",
+        lambda progress: run.map(
+            source,
+            at_periods(run.as_probe(probe), before, after),
+            out,
+            model=load_model(model, random=random) if model else None,
+            probabilities=probabilities,
+            tile_px=tile_px,
+            crs=crs,
+            aoi=aoi,
+            on=on,
+            overwrite=overwrite,
+            country=country,
+            budget_kwh=budget_kwh,
+            progress=progress,
+            note=note,
+        ),
+    )
     if warning := warning_of(result.seams):
         note(warning)
     energy = result.energy

@@ -17,10 +17,7 @@ def models(*, as_json: Json = False) -> None:
         return
     show_table(
         ["name", "family", "parameters", "embedding", "licence", "weights from"],
-        [
-            (m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence or "-", m.address or "not published")
-            for m in MODELS.values()
-        ],
+        [(m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence or "-", m.source) for m in MODELS.values()],
     )
     for terms in dict.fromkeys(m.terms for m in MODELS.values()):
         print(f"\n{terms}")

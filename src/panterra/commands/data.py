@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 
 from panterra.commands.terminal import progress_bar
-from panterra.data.build import MADE_ON_READING, Built, Job, build_corpus
+from panterra.data.build import Built, build_corpus
 from panterra.data.composites import STORED
+from panterra.data.corpus_plan import MADE_ON_READING, Job
 from panterra.data.labelled import DATASETS
 from panterra.data.olmoearth_h5 import LENGTH, BandSets, Corpus, open_corpus
 from panterra.data.verify import IMPLAUSIBLE, Finding, verify

@@ -22,8 +22,7 @@ from panterra.planet import CLASSES, write_planet_scene
 
 RANDOM_WEIGHTS = (
     "Random weights: this encoder was never trained, which is why its windows leave steps in the map too. The run "
-    "shows that the whole path works, not what a trained model can do. With released weights, which are fetched once: "
-    "panterra demo --model olmoearth-v1.2-nano"
+    "shows that the whole path works, not what a trained model can do: leave out --random for that"
 )
 
 
@@ -47,7 +46,7 @@ def run_demo(
             "a scene of your own needs labels, and labels need their scene: give both --scene and --labels"
         )
     # A trained encoder makes use of what surrounds a patch. To an untrained one it is noise, which is averaged away.
-    window_px = window_px or (64 if random is None else 16)
+    window_px = window_px or (32 if random is None else 16)
     overlap_px = window_px // (4 if random is None else 2)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from panterra.commands.evaluation_page import METRICS, choice, figure, write_page
+from panterra.commands.evaluation_page import DIAGNOSTICS, METRICS, choice, figure, write_page
 from panterra.commands.terminal import note, progress_bar
 from panterra.energy import recorded
 from panterra.errors import InputError
+from panterra.evaluate.protocols import TUNED
 from panterra.evaluate.suite import Plan, Row, evaluate
+from panterra.finetune.protocol import tune
 
 COLUMNS = (
     "benchmark",
@@ -35,6 +37,8 @@ COLUMNS = (
     "loss",
     "class_weights",
     "neighbours",
+    "head",
+    "precision",
     "features",
     "compression",
     "bytes",
@@ -47,6 +51,7 @@ COLUMNS = (
     "embed_seconds",
     "embed_wh",
     "energy",
+    *DIAGNOSTICS,
     "note",
     "error",
 )
@@ -55,8 +60,9 @@ COLUMNS = (
 
 def run_evaluate(plan: Plan, out: Path, *, cache: Path | None) -> dict[str, Any]:
     """Fill the table, write it beside a page about it, and give everything as plain JSON."""
-    with recorded("evaluate"), progress_bar("embedding") as progress:
-        rows = evaluate(plan, out, cache=cache, note=note, progress=progress)
+    work = "embedding, training" if any(p in TUNED for p in plan.protocols) else "embedding"
+    with recorded("evaluate"), progress_bar(work) as progress:
+        rows = evaluate(plan, out, cache=cache, note=note, progress=progress, tuner=tune)
     write_csv(out / "results.csv", rows)
     report = write_page(out / "report.html", rows, settings=_settings(plan))
     return {
@@ -134,7 +140,7 @@ def _flat(row: Row) -> dict[str, Any]:
         chosen["modalities"] = " + ".join(chosen["modalities"])
     score = row.score
     main = {} if score is None else {"score": score.estimate, "low": score.low, "high": score.high}
-    return {**plain, **chosen, **main, **{name: i.estimate for name, i in row.figures.items()}}
+    return {**plain, **chosen, **main, **{name: i.estimate for name, i in row.figures.items()}, **row.diagnostics}
 
 
 def _settings(plan: Plan) -> dict[str, str]:
@@ -154,6 +160,11 @@ def _settings(plan: Plan) -> dict[str, str]:
         facts["Compression of the features"] = ", ".join(plan.compressions)
     if plan.loss is not None:
         facts["Loss of pixels' classes"] = plan.loss
+    if tuned := [p for p in plan.protocols if p in TUNED]:
+        facts["Fine-tuning"] = f"in {plan.precision}, head {plan.tuned_head}"
+        if "finetune" in tuned:
+            rates = ", ".join(f"{rate:g}" for rate in plan.tuning_rates)
+            facts["Fine-tuning"] += f"; learning rates of finetune {rates}"
     if plan.class_weights != "none":
         facts["Class weights"] = plan.class_weights
     if plan.as_published:

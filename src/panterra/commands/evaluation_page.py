@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import panterra
+from panterra.evaluate.protocols import TUNED
 from panterra.evaluate.scoring import LOWER_IS_BETTER, better
 from panterra.evaluate.suite import Row
 from panterra.mapping.report import facts, write_document
@@ -30,6 +31,26 @@ METRICS = {
     "macro_accuracy": "Macro accuracy",
     "f1_class_1": "F1 of the second class",
     "average_precision": "Average precision",
+    "weighted_f1": "Weighted F1",
+    "iou_but_last": "Mean IoU but the last class",
+    "auroc": "AUROC",
+    "prauc": "PR-AUC",
+    "ece": "Calibration error",
+}
+DIAGNOSTICS = {
+    "effective_rank": "effective rank",
+    "uniformity": "uniformity",
+    "mean_cosine": "mean cosine",
+    "std_cosine": "its deviation",
+    "min_cosine": "least cosine",
+    "max_cosine": "greatest cosine",
+    "mean_norm": "mean norm",
+    "std_norm": "its deviation",
+    "min_norm": "least norm",
+    "max_norm": "greatest norm",
+    "image_effective_rank": "effective rank within an image",
+    "image_uniformity": "uniformity within an image",
+    "image_mean_cosine": "mean cosine within an image",
 }
 PROTOCOL_NAMES = {
     "knn": "kNN",
@@ -37,6 +58,10 @@ PROTOCOL_NAMES = {
     "interpolate": "interpolating probe",
     "attention": "attention probe",
     "anysat": "AnySat's probe",
+    "finetune": "fine-tuning",
+    "anysat_finetune": "AnySat's fine-tuning",
+    "anysat_plus": "AnySat's projectors and head",
+    "anysat_scratch": "AnySat's training from scratch",
 }
 WIDTH, LABELS, RIGHT = 540, 210, 64
 LINE_PX = 22
@@ -96,15 +121,17 @@ def write_page(path: Path, rows: Sequence[Row], *, settings: Mapping[str, str]) 
     colours = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(models)}
     title = f"{_count(len(models), 'model')} on {_count(len(benchmarks), 'benchmark')}"
     by_benchmark = {b: [row for row in done if row.benchmark == b] for b in benchmarks}
+    trained = any(row.protocol in TUNED for row in done)
+    how = "Frozen features, judged by probes" + (", and fine-tuned models" if trained else "")
     parts = [
-        f"<header>\n<h1>{title}</h1>\n"
-        f'<p class="quiet">Frozen features, judged by probes · made {dt.date.today()}</p>\n</header>',
+        f'<header>\n<h1>{title}</h1>\n<p class="quiet">{how} · made {dt.date.today()}</p>\n</header>',
         *_notices(failed),
         _untrained(models),
         _summary(by_benchmark, models) if done else "",
         _scores(by_benchmark, colours) if done else "",
         _curves(by_benchmark, colours),
         _cost(done, colours) if done else "",
+        _diagnostics(done),
         _table(rows),
         _reading(),
         facts("How it was made", {**settings, "Software": f"panterra {panterra.__version__}"}),
@@ -309,14 +336,14 @@ def _cost(rows: Sequence[Row], colours: Mapping[str, str]) -> str:
         _bars(title, unit, {m: values[m] for m in shown}, colours)
         for title, unit, values in (
             ("Embedding", "s", seconds),
-            ("Probes", "s", probed),
+            ("Training and testing", "s", probed),
             ("Energy", "Wh", hours),
         )
     )
     how = ", ".join(sorted({row.energy for row in rows if row.energy}))
     return (
         "<h2>What it took</h2>\n<p>Sums over the benchmarks: reading and embedding when that was done, training and "
-        f"testing of all probes, and the electricity of both ({escape(how)}).</p>\n"
+        f"testing of probes and of what was fine-tuned, and the electricity of both ({escape(how)}).</p>\n"
         f'<div class="charts">\n{charts}\n</div>'
     )
 
@@ -335,6 +362,28 @@ def _bars(title: str, unit: str, values: Mapping[str, float], colours: Mapping[s
     return (
         f'<div class="chart"><h3>{title}</h3>\n<svg viewBox="0 0 {WIDTH} {12 + LINE_PX * len(values)}" role="img" '
         f'aria-label="{escape(said, quote=True)}">{marks}</svg></div>'
+    )
+
+
+def _diagnostics(rows: Sequence[Row]) -> str:
+    """Give one line per kind of features that were looked at."""
+    looked = {(r.benchmark, r.model, str(r.chosen.get("features")), r.compression): r for r in rows if r.diagnostics}
+    if not looked:
+        return ""
+    names = [name for name in DIAGNOSTICS if any(name in row.diagnostics for row in looked.values())]
+    head = "".join(f'<th scope="col">{escape(DIAGNOSTICS[name])}</th>' for name in names)
+    lines = [
+        f'<tr><th scope="row">{escape(benchmark)}</th><td class="text">{escape(model)}</td>'
+        f'<td class="text">{escape(kind)}{"" if compression == "none" else f", {escape(compression)}"}</td>'
+        + "".join(f"<td>{figure(row.diagnostics.get(name, math.nan))}</td>" for name in names)
+        + "</tr>"
+        for (benchmark, model, kind, compression), row in looked.items()
+    ]
+    return (
+        '<h2>How features spread</h2>\n<div class="scroll" tabindex="0">\n<table>\n<thead><tr>'
+        '<th scope="col">Benchmark</th><th scope="col" class="text">Model</th>'
+        '<th scope="col" class="text">Features</th>'
+        f"{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>"
     )
 
 
@@ -378,13 +427,16 @@ def choice(row: Row) -> str:
     said = []
     if "rate" in about:
         said.append(f"rate {about['rate']:g}, epoch {about['epoch']}")
+    if about.get("head", "linear") not in ("linear", "plain"):
+        said.append(f"{about['head']} head")
     if about.get("loss") == "dice":
         said.append("Dice and cross-entropy")
     if about.get("class_weights", "none") != "none":
-        said.append(f"{about['class_weights']} classes")
+        weights = about["class_weights"]
+        said.append("the last class weighs 0" if weights == "last class 0" else f"{weights} classes")
     if "neighbours" in about:
         said.append(f"{about['neighbours']} neighbours")
-    said.append(f"{about['features']} ({about['pooling']})")
+    said.append(about["features"] if row.protocol in TUNED else f"{about['features']} ({about['pooling']})")
     if row.subset:
         said.append(f"{row.subset} subset")
     said.append(f"{about['normalisation']} statistics")

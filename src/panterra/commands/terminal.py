@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+Result = TypeVar("Result")
 
 Advance = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -45,3 +47,15 @@ def progress_bar(what: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def despite_failures(what: str, work: Callable[[Advance], Result]) -> tuple[Result, Mapping[str, str]]:
+    """Do work on tiles behind a progress bar; return what came of it, and the reason for each tile that failed."""
+    from panterra.mapping.parts import IncompleteError
+
+    try:
+        with progress_bar(what) as progress:
+            return work(progress), {}
+    except IncompleteError as error:
+        note(f"panterra: {error}")
+        return error.result, error.failed

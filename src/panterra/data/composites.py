@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from odc.geo.geobox import GeoBox
 
-from panterra.imagery.stac import Scene, SceneItem, modality_grid
+from panterra.imagery.items import SceneItem
+from panterra.imagery.stac import Scene, modality_grid
 from panterra.modalities import MODALITIES
 
 PERIODS = 12

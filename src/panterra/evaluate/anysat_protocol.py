@@ -112,3 +112,16 @@ def retrieval_accuracy(logits: Float[Tensor, "n n"], names: Sequence[str]) -> di
     same = nearest % patches == torch.arange(len(logits), device=logits.device)[:, None] % patches
     hits = same.sum(1).view(len(names), patches).sum(1) - patches
     return {name: float(n) / (len(names) - 1) / len(logits) for name, n in zip(names, hits, strict=True)}
+
+
+def merge_crops(
+    outputs: Float[Tensor, "n k h w"], places: Sequence[tuple[int, int]], side: int
+) -> Float[Tensor, "k side side"]:
+    """Average what overlapping crops of an image say, each beginning at its (row, column) (FLAIR's test)."""
+    total = outputs.new_zeros(outputs.shape[1], side, side)
+    count = outputs.new_zeros(side, side)
+    height, width = outputs.shape[2:]
+    for crop, (row, col) in zip(outputs, places, strict=True):
+        total[:, row : row + height, col : col + width] += crop
+        count[row : row + height, col : col + width] += 1
+    return total / count.clamp(min=1)

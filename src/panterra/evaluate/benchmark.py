@@ -299,12 +299,15 @@ def fit(
 
 
 def extract(
-    encoder: Encoder, batch: Batch, kinds: Sequence[tuple[Kind, Pooling]], patch_m: float
+    encoder: Encoder, batch: Batch, kinds: Sequence[tuple[Kind, Pooling]], patch_m: float, dense: str | None = None
 ) -> dict[tuple[Kind, Pooling], Float[Tensor, "b *grid d"]]:
-    """Encode a batch once for several kinds of features; NaN where there was no data."""
+    """Encode a batch once for several kinds of features; NaN where there was no data.
+
+    `dense` names the modality whose sub-patches are wanted, where that is not left to the encoder.
+    """
     wanted: dict[str, Any] = {}
     if any(kind == "dense" for kind, _ in kinds):
-        wanted["dense"] = True
+        wanted["dense"] = dense or True
     if gives_tokens(encoder) and any(kind == "tokens" or pooling == "max" for kind, pooling in kinds):
         wanted["tokens"] = True
     with torch.inference_mode():

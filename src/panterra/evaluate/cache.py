@@ -139,11 +139,18 @@ class View:
     patch_m: float
     shown: tuple[tuple[str, str], ...]
     """The data set's modalities, and what the model takes them for (`benchmark.seen_by`)."""
+    dense: str | None = None
+    """The modality whose sub-patches are meant, as the model calls it; None: the model's choice."""
 
     @property
     def pass_key(self) -> tuple[Any, ...]:
         """What views share that one pass of the encoder gives."""
-        return self.normalisation, self.patch_m, self.shown
+        return self.normalisation, self.patch_m, self.shown, self.dense or ""
+
+    def about(self) -> dict[str, Any]:
+        """Give plain values; those of views that leave the choice to the model name what they always did."""
+        plain = asdict(self)
+        return plain if self.dense is not None else {k: v for k, v in plain.items() if k != "dense"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +198,7 @@ class Source:
         fitted_on: Any = self.benchmark.contents["train"] if view.normalisation == "dataset" else None
         if view.normalisation == "published":
             fitted_on = self.published(view)
-        return {**data, **asdict(view), "model": self.model, "fitted_on": fitted_on}
+        return {**data, **view.about(), "model": self.model, "fitted_on": fitted_on}
 
     def _embed(
         self,
@@ -216,7 +223,7 @@ class Source:
                     given = batch.to(self.device)
                     if statistics is not None:
                         given = normalised(given, statistics, keep_zeros=first.normalisation == "published")
-                    found = extract(encoder, given, [(v.kind, v.pooling) for v in views], first.patch_m)
+                    found = extract(encoder, given, [(v.kind, v.pooling) for v in views], first.patch_m, first.dense)
                     for view, writer in writers.items():
                         writer.add(_alike(found[view.kind, view.pooling].float(), writer))
                     if targets is not None:

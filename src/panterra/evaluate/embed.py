@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder, Features
+from panterra.models.sub_patches import encode_sub_patches
 from panterra.sample import Batch
+
+What = Literal["summary", "patches", "dense", "centre"]
 
 PERCENTILES = (10, 25, 50, 75, 90)
 
@@ -23,16 +26,21 @@ def embed_samples(
     batches: Iterable[Batch],
     *,
     patch_m: float,
-    what: Literal["summary", "patches", "centre"] = "summary",
+    what: What = "summary",
 ) -> np.ndarray:
     """Embed samples one batch at a time: float32 [N, D] for their summary or centre patch, [N, H', W', D] for patches.
 
-    Where a sample or patch has no data the row is NaN, so that a probe refuses it instead of learning from zeros.
+    "dense" gives [N, Y, X, E], one vector per sub-patch of the modality with the smallest ones. Where a sample, patch
+    or sub-patch has no data the row is NaN, so that a probe refuses it instead of learning from zeros.
+    Raises InputError, also where the encoder has no sub-patches.
     """
+    if what not in get_args(What):
+        raise InputError(f"what is {what!r}; wanted 'summary', 'patches', 'dense' or 'centre'")
     rows: list[np.ndarray] = []
     for batch in batches:
         with torch.inference_mode():
-            features = _choose(encoder.encode(batch, patch_m=patch_m), what)
+            encode = encode_sub_patches if what == "dense" else _encode
+            features = _choose(encode(encoder, batch, patch_m=patch_m), what)
         if rows and features.shape[1:] != rows[0].shape[1:]:
             sizes = f"{list(rows[0].shape[1:-1])} and {list(features.shape[1:-1])}"
             raise InputError(f"samples differ in their numbers of patches ({sizes}); crop them to one size")
@@ -42,15 +50,15 @@ def embed_samples(
     return np.concatenate(rows)
 
 
-def _choose(features: Features, what: str) -> Float[Tensor, "b *grid d"]:
+def _encode(encoder: Encoder, batch: Batch, *, patch_m: float) -> Features:
+    return encoder.encode(batch, patch_m=patch_m)
+
+
+def _choose(features: Features, what: What) -> Float[Tensor, "b *grid d"]:
     if what == "summary":
         return features.summary.masked_fill(~features.valid.any(2).any(1)[:, None], torch.nan)
     patches = features.patches.masked_fill(~features.valid[..., None], torch.nan)
-    if what == "patches":
-        return patches
-    if what == "centre":
-        return patches[:, patches.shape[1] // 2, patches.shape[2] // 2]
-    raise InputError(f"what is {what!r}; wanted 'summary', 'patches' or 'centre'")
+    return patches[:, patches.shape[1] // 2, patches.shape[2] // 2] if what == "centre" else patches
 
 
 def raw_band_statistics(batch: Batch) -> Float[np.ndarray, "b k"]:

@@ -25,8 +25,13 @@ from panterra.evaluate.readout import Readout
 from panterra.evaluate.scoring import FIGURES, Answers, Task, better, sums_of
 from panterra.evaluate.sweep import Linear, Member, Net, Recipe, Standardise, Table, answers, train_together
 
-Protocol = Literal["knn", "linear", "interpolate", "attention", "anysat"]
-PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "interpolate", "attention", "anysat")
+FrozenProtocol = Literal["knn", "linear", "interpolate", "attention", "anysat"]
+TunedProtocol = Literal["finetune", "anysat_finetune", "anysat_plus", "anysat_scratch"]
+"""Those that train encoders; they are carried out by what `suite.evaluate` is handed (`evaluate.tuning`)."""
+Protocol = FrozenProtocol | TunedProtocol
+FROZEN: tuple[FrozenProtocol, ...] = ("knn", "linear", "interpolate", "attention", "anysat")
+TUNED: tuple[TunedProtocol, ...] = ("finetune", "anysat_finetune", "anysat_plus", "anysat_scratch")
+PROTOCOLS: tuple[Protocol, ...] = (*FROZEN, *TUNED)
 Loss = Literal["cross_entropy", "dice"]
 """Of pixels' classes; dice: both the Dice loss and the cross-entropy."""
 _SIMILARITIES = 2**25
@@ -65,7 +70,7 @@ class Outcome:
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(protocol: Protocol, trial: Trial, views: tuple[View, ...]) -> Outcome:
+def run(protocol: FrozenProtocol, trial: Trial, views: tuple[View, ...]) -> Outcome:
     """Carry a protocol out; where several views are given the one that validates best is tested."""
     return _RUNS[protocol](trial, views)
 
@@ -82,7 +87,7 @@ def allowed(protocol: Protocol, task: Task) -> bool:
 
 def _knn(trial: Trial, views: tuple[View, ...]) -> Outcome:
     """Let the 20 nearest samples by cosine vote, weighted by exp(cosine / 0.07) (OlmoEarth); nothing is trained."""
-    metric = _metric(trial)
+    metric = metric_of(trial.benchmark, trial.task)
     found = {}
     for view in views:
         tables = trial.tables(view)
@@ -114,7 +119,9 @@ def _vote(train: Table, table: Table, trial: Trial) -> Answers:
         sums = sums_of("multilabel", shares > 0.5, truth.cpu().numpy(), classes=trial.classes)
         return Answers(task="multilabel", sums=sums, scores=shares, truth=known)
     sums = sums_of(trial.task, shares.argmax(1), truth.cpu().numpy(), classes=trial.classes)
-    return Answers(task=trial.task, sums=sums.sum(0, keepdims=True))
+    labelled = (truth >= 0).cpu().numpy()
+    there = torch.nn.functional.one_hot(truth.clamp(min=0), trial.classes).cpu().numpy() > 0
+    return Answers(task=trial.task, sums=sums.sum(0, keepdims=True), scores=shares[labelled], truth=there[labelled])
 
 
 def _linear(trial: Trial, views: tuple[View, ...]) -> Outcome:
@@ -144,12 +151,18 @@ def _sweep(
     if trial.published_rate and row.rate is not None:
         recipe = replace(recipe, rates=(row.rate,))
     trial = replace(trial, loss=trial.loss or row.loss)
-    return _best(trial, views, net, _metric(trial), recipe, interpolated=interpolated)
+    return _best(trial, views, net, metric_of(trial.benchmark, trial.task), recipe, interpolated=interpolated)
 
 
-def _metric(trial: Trial) -> str:
-    row = OLMOEARTH.get(trial.benchmark)
-    return row.metric if row is not None and row.metric is not None else next(iter(FIGURES[trial.task]))
+def metric_of(benchmark: str, task: Task) -> str:
+    """Name the figure that OlmoEarth judges a benchmark by, or else the first of its task."""
+    row = OLMOEARTH.get(benchmark)
+    return row.metric if row is not None and row.metric is not None else next(iter(FIGURES[task]))
+
+
+def told_by_sums(metric: str, task: Task) -> str:
+    """Name the figure by which models are judged while they are trained: average precision cannot be told then."""
+    return metric if metric in FIGURES[task] else next(iter(FIGURES[task]))
 
 
 def _anysat(trial: Trial, views: tuple[View, ...]) -> Outcome:
@@ -158,7 +171,7 @@ def _anysat(trial: Trial, views: tuple[View, ...]) -> Outcome:
     Data sets of the published table have its learning rate, schedule and batch; others sweep the rates on a plateau.
     """
     row = ANYSAT.get(trial.benchmark)
-    metric = row.metric if row else _metric(trial)
+    metric = row.metric if row else metric_of(trial.benchmark, trial.task)
     recipe = replace(
         trial.recipe,
         rates=(row.rate,) if row else trial.recipe.rates,
@@ -178,7 +191,7 @@ def _anysat(trial: Trial, views: tuple[View, ...]) -> Outcome:
 
 ANYSAT_EPOCHS = 200
 
-_RUNS: Mapping[Protocol, Callable[[Trial, tuple[View, ...]], Outcome]] = {
+_RUNS: Mapping[FrozenProtocol, Callable[[Trial, tuple[View, ...]], Outcome]] = {
     "knn": _knn,
     "linear": _linear,
     "interpolate": _interpolate,
@@ -198,8 +211,7 @@ def _best(
     interpolated: bool = False,
 ) -> Outcome:
     """Train every view's members, and test the one that validates best of all."""
-    # Average precision cannot be told from sums, by which members are judged while they are trained.
-    judged_by = metric if metric in FIGURES[trial.task] else next(iter(FIGURES[trial.task]))
+    judged_by = told_by_sums(metric, trial.task)
     best: tuple[Member, View, Readout] | None = None
     for view in views:
         tables = trial.tables(view)

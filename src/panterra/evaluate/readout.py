@@ -99,6 +99,11 @@ class Readout:
         cells = len(said) // samples
         return rearrange(said, "(b c) m p -> b m (c p)", c=cells), rearrange(truth, "(b c) p -> b (c p)", c=cells)
 
+    def shares(self, raw: Float[Tensor, "n 1 o"], y: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Give one probe's probabilities of the classes [s, k] of samples or pixels, and their classes [s]."""
+        z, truth = self._at_labels(raw, y, grid)
+        return z[:, 0].softmax(1).movedim(1, -1).flatten(0, 1), truth.flatten()
+
     def sums(self, raw: Float[Tensor, "n m o"], y: Tensor, grid: Sequence[int]) -> list[np.ndarray]:
         """Count for each probe what figures are made of (`scoring.sums_of`), sample by sample."""
         said, truth = (t.cpu().numpy() for t in self.answer(raw, y, grid))

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from panterra.evaluate import metrics
 from panterra.evaluate.metrics import Interval
+from panterra.evaluate.ranking import ScoreCounts, ranked
 
 Task = Literal["classification", "multilabel", "segmentation", "regression"]
 Figure = Callable[[np.ndarray], np.ndarray]
@@ -27,6 +28,20 @@ def _macro_f1(sums: Float[np.ndarray, "*r 3 k"]) -> np.ndarray:
     """Average F1 over classes; one never met nor predicted counts 0, as `metrics.multilabel_f1` has it."""
     hit, support, guessed = (sums[..., i, :] for i in range(3))
     return np.asarray((2 * hit / np.maximum(support + guessed, 1)).mean(-1))
+
+
+def _weighted_f1(sums: Float[np.ndarray, "*r 3 k"]) -> np.ndarray:
+    """Average F1 over classes by how often each is met (AnySat's TreeSatAI)."""
+    hit, support, guessed = (sums[..., i, :] for i in range(3))
+    f1 = 2 * hit / np.maximum(support + guessed, 1)
+    return np.asarray((f1 * support).sum(-1) / np.maximum(support.sum(-1), 1))
+
+
+def _iou_but_last(conf: np.ndarray) -> np.ndarray:
+    """Average IoU without what is, or was called, the last class (AnySat's FLAIR)."""
+    kept = np.array(conf)
+    kept[..., -1, :], kept[..., -1] = 0, 0
+    return metrics.mean_iou(kept)
 
 
 def _f1_of_class_1(conf: np.ndarray) -> np.ndarray:
@@ -47,14 +62,16 @@ FIGURES: Mapping[Task, Mapping[str, Figure]] = {
         "accuracy": metrics.accuracy,
         "macro_accuracy": metrics.macro_accuracy,
         "f1_class_1": _f1_of_class_1,
+        "iou_but_last": _iou_but_last,
     },
-    "multilabel": {"macro_f1": _macro_f1, "micro_f1": _micro_f1},
+    "multilabel": {"macro_f1": _macro_f1, "micro_f1": _micro_f1, "weighted_f1": _weighted_f1},
     "regression": {"rmse": metrics.rmse, "mae": metrics.mae, "r2": metrics.r2},
 }
 """Of each task what can be told from sums over samples; the first is what probes are chosen by, unless told otherwise.
-Multilabel sets have "average_precision" too, which needs every score; "f1_class_1" is of sets of two classes alone."""
+Multilabel sets have "average_precision" too, and all sets of classes "auroc", "prauc" and, where each sample or pixel
+has one, "ece", which need every score; "f1_class_1" is of sets of two classes alone."""
 
-LOWER_IS_BETTER = {"rmse", "mae"}
+LOWER_IS_BETTER = {"rmse", "mae", "ece"}
 
 
 def better(metric: str, value: float) -> float:
@@ -93,21 +110,31 @@ class Answers:
     sums: np.ndarray
     """Of each sample (`sums_of`), or their one sum [1, K, K] where a sample is one pixel of a confusion matrix."""
     scores: Float[np.ndarray, "n k"] | None = None
+    """Of each class, where samples as a whole have them: probabilities, or a vote's shares."""
     truth: Bool[np.ndarray, "n k"] | None = None
-    """With the scores, where samples may have several classes."""
+    """With the scores."""
+    pixels: ScoreCounts | None = None
+    """Scores of pixels' classes."""
 
-    def figures(self, *, resamples: int = RESAMPLES, seed: int = 42) -> dict[str, Interval]:
-        """Score them; intervals come from drawing whole samples (images) with replacement."""
+    def figures(self, *, resamples: int = RESAMPLES, seed: int = 42, metric: str | None = None) -> dict[str, Interval]:
+        """Score them; intervals come from drawing whole samples (images) with replacement.
+
+        "iou_but_last" is there where it is the `metric` that the benchmark is judged by.
+        """
         if self.task == "classification":
             drawn = metrics.resample_samples(self.sums.sum(0), n=resamples, seed=seed)
         else:
             drawn = metrics.resample(self.sums, n=resamples, seed=seed)
         total = self.sums.sum(0)
-        figures = {n: f for n, f in FIGURES[self.task].items() if n != "f1_class_1" or total.shape[-1] == 2}
+        special = {"f1_class_1": total.shape[-1] == 2, "iou_but_last": metric == "iou_but_last"}
+        figures = {n: f for n, f in FIGURES[self.task].items() if special.get(n, True)}
         found = {name: Interval.of(float(f(total)), f(drawn)) for name, f in figures.items()}
-        if self.scores is not None and self.truth is not None:
-            found["average_precision"] = _average_precision(self.truth, self.scores, resamples, seed)
-        return found
+        if self.scores is not None and self.truth is not None and len(self.truth):
+            several = self.task == "multilabel"
+            if several:
+                found["average_precision"] = _average_precision(self.truth, self.scores, resamples, seed)
+            found |= ranked(self.truth, self.scores, probabilities=not several, seed=seed)
+        return found if self.pixels is None else found | self.pixels.figures()
 
 
 def _average_precision(

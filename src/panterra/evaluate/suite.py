@@ -4,99 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 
 from panterra.energy import measure_energy
 from panterra.errors import InputError
 from panterra.evaluate.benchmark import (
     RAW,
     Benchmark,
-    Kind,
-    Normalisation,
-    Pooling,
     Role,
-    batches_of,
-    gives_tokens,
-    normalisations,
     open_benchmark,
     open_encoder,
-    own_statistics,
-    patch_for,
-    seen_by,
 )
 from panterra.evaluate.cache import Source, Store, View, identity, key_of
-from panterra.evaluate.class_weights import ClassWeights
 from panterra.evaluate.compress import bytes_of, compressed, parse_compression
+from panterra.evaluate.diagnostics import diagnose
 from panterra.evaluate.metrics import Interval
+from panterra.evaluate.plan import Plan, check_plan
 from panterra.evaluate.protocols import (
-    PROTOCOLS,
-    Loss,
+    TUNED,
+    FrozenProtocol,
     Outcome,
     Protocol,
     Trial,
+    TunedProtocol,
     allowed,
     fraction_of,
     run,
     standardised,
 )
-from panterra.evaluate.published import ANYSAT, OLMOEARTH, OlmoEarthTask
-from panterra.evaluate.subsets import FRACTIONS, Subsets, published_subset
-from panterra.evaluate.sweep import RATES, Recipe, Table
-from panterra.models.features import Encoder, Fitted
-from panterra.sample import Batch
+from panterra.evaluate.published import OLMOEARTH, OlmoEarthTask
+from panterra.evaluate.subsets import published_subset
+from panterra.evaluate.sweep import Recipe, Table
+from panterra.evaluate.tuning import TunedTrial, Tuner
+from panterra.evaluate.views import trainable, views_of
+from panterra.models.features import Encoder
+
+__all__ = ["ROWS", "Plan", "Row", "evaluate", "read_rows", "reason"]
 
 ROWS = "results.jsonl"
 Note = Callable[[str], None]
 Advance = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is compared, and how."""
-
-    models: tuple[str | Encoder, ...]
-    """Names, folders, "raw" for band statistics, NAME@random:SEED for untrained weights; or encoders."""
-    benchmarks: tuple[tuple[str, Path], ...]
-    """Name and folder of each."""
-    protocols: tuple[Protocol, ...] = ("knn", "linear")
-    fractions: tuple[float, ...] = (1.0,)
-    """Of the training samples."""
-    subsets: Subsets = "stratified"
-    """How a fraction is chosen: drawn with each seed, or as published."""
-    seeds: tuple[int, ...] = (42,)
-    """Each draws other training samples, first weights and batches."""
-    normalisations: tuple[Normalisation, ...] = ()
-    """To choose among by validation; empty: what the model is made for."""
-    poolings: tuple[Pooling, ...] = ("mean",)
-    """To choose among by validation."""
-    compressions: tuple[str, ...] = ("none",)
-    """Of the features, each in rows of its own: see `compress.parse_compression`."""
-    rates: tuple[float, ...] = RATES
-    published_rate: bool = False
-    """Whether benchmarks of the published table have its one rate instead."""
-    epochs: int | None = None
-    batch: int | None = None
-    """Of probe training, instead of the published numbers."""
-    loss: Loss | None = None
-    """Of probes of pixels' classes, instead of the published one."""
-    class_weights: ClassWeights = "none"
-    """Of trained probes."""
-    as_published: bool = False
-    """Whether bands are filled as OlmoEarth's evaluation does (`benchmark.open_benchmark`)."""
-    patch_m: float | None = None
-    """Instead of four pixels, or what divides the samples."""
-    modalities: tuple[str, ...] | None = None
-    """Of the benchmarks, where not all that a model knows."""
-    limit: int | None = None
-    """Most samples of a split."""
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +79,8 @@ class Row:
     """What was chosen by, the first to look at."""
     figures: Mapping[str, Interval] = field(default_factory=dict)
     """With 95 % intervals over test samples drawn anew."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """Of the features of the training samples, where asked for."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
     """By validation: learning rate and epoch; normalisation, pooling, patch and modalities; and what was given."""
     seconds: float = 0.0
@@ -160,14 +118,23 @@ class Row:
 
 
 def evaluate(
-    plan: Plan, out: Path, *, cache: Path | None = None, note: Note = lambda _: None, progress: Advance | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    cache: Path | None = None,
+    note: Note = lambda _: None,
+    progress: Advance | None = None,
+    tuner: Tuner | None = None,
 ) -> list[Row]:
     """Fill the table of a plan, in its order; rows that are in `out` already are not computed again.
 
     Whatever is wrong with one model or benchmark becomes a row that says so, and the rest goes on. Features are kept in
-    `cache` (by default in `out`) and serve every later run.
+    `cache` (by default in `out`) and serve every later run. Protocols that train encoders need a `tuner`, which is
+    `panterra.finetune.protocol.tune`.
     """
-    _check(plan)
+    check_plan(plan)
+    if tuner is None and (asked := [p for p in plan.protocols if p in TUNED]):
+        raise InputError(f"{asked[0]} trains encoders; hand evaluate tuner=panterra.finetune.protocol.tune")
     out.mkdir(parents=True, exist_ok=True)
     journal = out / ROWS
     known = {row.id: row for row in read_rows(journal) if row.error is None}
@@ -182,9 +149,11 @@ def evaluate(
     for model in plan.models:
         for name, benchmark in benchmarks.items():
             note(f"{model if isinstance(model, str) else model.name} on {name}")
-            for row in _compare(plan, model, name, benchmark, store, known, progress):
+            for row in _compare(plan, model, name, benchmark, store, known, progress, _Tuning(tuner, out / "tuning")):
                 if row.id not in known:
                     _append(journal, row)
+                if row.protocol in TUNED:
+                    shutil.rmtree(out / "tuning" / row.id, ignore_errors=True)
                 rows.append(row)
     _rewrite(journal, [*rows, *(row for id, row in known.items() if id not in {r.id for r in rows})])
     return rows
@@ -228,27 +197,12 @@ def _rewrite(journal: Path, rows: Sequence[Row]) -> None:
     fresh.replace(journal)
 
 
-def _check(plan: Plan) -> None:
-    """Refuse what no benchmark could put right."""
-    unknown = [p for p in plan.protocols if p not in PROTOCOLS]
-    if unknown:
-        raise InputError(f"no protocol {unknown[0]!r}; known: {', '.join(PROTOCOLS)}")
-    for what, given in (("model", plan.models), ("benchmark", plan.benchmarks), ("protocol", plan.protocols)):
-        if not given:
-            raise InputError(f"no {what} came; give one at least")
-    if len({name for name, _ in plan.benchmarks}) < len(plan.benchmarks):
-        raise InputError("a benchmark was given twice; give each once")
-    if wrong := [f for f in plan.fractions if not 0 < f <= 1]:
-        raise InputError(f"a fraction is {wrong[0]:g}; wanted more than 0, at most 1")
-    if plan.subsets == "published" and (wrong := [f for f in plan.fractions if f not in (*FRACTIONS, 1)]):
-        known = ", ".join(f"{f:g}" for f in FRACTIONS)
-        raise InputError(f"a fraction is {wrong[0]:g}; published subsets are of {known} and 1")
-    for text in plan.compressions:
-        parse_compression(text)
-    if wrong := [r for r in plan.rates if not r > 0]:
-        raise InputError(f"a learning rate is {wrong[0]:g}; wanted more than 0")
-    if any(count is not None and count < 1 for count in (plan.epochs, plan.limit, plan.batch)):
-        raise InputError("epochs, batch and limit are counts; wanted 1 or more")
+@dataclass(frozen=True, slots=True)
+class _Tuning:
+    """What trains encoders, and where its state is until a row is finished."""
+
+    tuner: Tuner | None
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +228,7 @@ def _compare(
     store: Store,
     known: Mapping[str, Row],
     progress: Advance | None,
+    tuning: _Tuning,
 ) -> Iterator[Row]:
     """Give the rows of one model on one benchmark."""
     model = given if isinstance(given, str) else given.name
@@ -284,9 +239,10 @@ def _compare(
     try:
         encoder = open_encoder(given, benchmark, plan.device) if isinstance(given, str) else given
         source = Source(encoder=encoder, model=identity(encoder), benchmark=benchmark, store=store, device=plan.device)
-        views = {p: _views(plan, p, encoder, benchmark) for p in plan.protocols if allowed(p, benchmark.task)}
+        able = [p for p in plan.protocols if allowed(p, benchmark.task) and trainable(p, encoder)]
+        views = {p: views_of(plan, p, encoder, benchmark) for p in able}
         jobs = list(_jobs(plan, source, views))
-        wanted = [v for job in jobs if job.id not in known for v in job.views]
+        wanted = [v for job in jobs if job.id not in known and job.protocol not in TUNED for v in job.views]
         if wanted:
             source.prepare(wanted, progress)
         tables = lru_cache(maxsize=1)(_tables_by_view(plan, source, model))
@@ -294,55 +250,12 @@ def _compare(
             if job.id in known:
                 # The name by which a model is called may be another one now.
                 yield replace(known[job.id], model=model)
+            elif job.protocol in TUNED:
+                yield _tune(plan, source, job, model, tuning, progress)
             else:
                 yield _fill(plan, source, job, tables, model)
     except Exception as error:
         yield replace(blank, error=reason(error))
-
-
-def _views(plan: Plan, protocol: Protocol, encoder: Encoder, benchmark: Benchmark) -> tuple[View, ...]:
-    """List the features that a protocol chooses among."""
-    task = OLMOEARTH.get(benchmark.name, OlmoEarthTask())
-    row = ANYSAT.get(benchmark.name) if protocol == "anysat" else None
-    published = row.modalities if row else task.modalities
-    wanted = plan.modalities or published or benchmark.modalities
-    offered = [m for m in benchmark.modalities if m in wanted]
-    if not offered:
-        raise InputError(f"{benchmark.name} has none of {', '.join(wanted)}; it has {', '.join(benchmark.modalities)}")
-    shown = seen_by(encoder, offered)
-    train = benchmark.splits["train"]
-    (sample,), batch = next(batches_of(replace(train, ids=train.ids[:1]), shown))
-    patch_m = plan.patch_m or (row.patch_m if row else None)
-    patch_m = patch_m or (batch.pixel_m * task.patch_px if task.patch_px else patch_for(batch))
-    dense = sample.target.ndim == 3
-    kind: Kind = "tokens" if protocol == "attention" else "patches" if dense else "centre" if task.centre else "summary"
-    if protocol == "anysat":
-        sub_patches = dense and _has_sub_patches(encoder, batch, patch_m, plan.device)
-        kind = "dense" if sub_patches else "patches" if dense else "summary"
-    able = normalisations(encoder)
-    norms = [n for n in plan.normalisations or (task.normalisation,) if n in able] or [able[0]]
-    if "published" in norms:
-        # Whether there are any is known before anything is embedded.
-        own_statistics(benchmark, shown)
-    # Sub-patches and single tokens are not pooled; patches only where dates and band sets are at hand.
-    pools = (
-        plan.poolings if kind == "summary" or (kind in ("patches", "centre") and gives_tokens(encoder)) else ("mean",)
-    )
-    return tuple(
-        View(kind=kind, pooling=p, normalisation=n, patch_m=patch_m, shown=tuple(shown.items()))
-        for n in norms
-        for p in pools
-    )
-
-
-def _has_sub_patches(encoder: Encoder, batch: Batch, patch_m: float, device: str) -> bool:
-    given = batch.to(device)
-    able = encoder.with_statistics(encoder.fit_statistics([given])) if isinstance(encoder, Fitted) else encoder
-    assert isinstance(able, Encoder)
-    try:
-        return able.encode(given, patch_m=patch_m, dense=True).dense is not None
-    except InputError:
-        return False
 
 
 def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]) -> Iterator[_Job]:
@@ -355,7 +268,15 @@ def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]
     training |= {"loss": loss} if loss != "cross_entropy" else {}
     training |= {"class_weights": plan.class_weights} if plan.class_weights != "none" else {}
     chances = product(views.items(), plan.compressions, plan.fractions)
+    tuning = {name: getattr(plan, name) for name in ("batch", "epochs", "precision", "class_weights")} | {"loss": loss}
+    tuning["head"] = plan.tuned_head
     for (protocol, chosen), compression, fraction in chances:
+        settings = {} if protocol == "knn" else training
+        if protocol in TUNED:
+            if compression != plan.compressions[0]:
+                continue
+            compression = "none"
+            settings = tuning | ({"rates": plan.tuning_rates} if protocol == "finetune" else {})
         by = [source.published(v) for v in chosen if v.normalisation == "published"]
         subset = None
         if fraction < 1 and plan.subsets == "published":
@@ -366,13 +287,14 @@ def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]
                 "model": source.model,
                 "data": contents,
                 "protocol": protocol,
-                "views": [asdict(v) for v in chosen],
-                **(training if protocol != "knn" else {}),
+                "views": [v.about() for v in chosen],
+                **settings,
                 "fraction": fraction,
                 "seed": seed,
                 **({"published": by} if by else {}),
                 **({"compression": compression} if compression != "none" else {}),
                 **({"subset": subset[0].tolist()} if subset is not None else {}),
+                **({"diagnostics": True} if plan.diagnostics and protocol not in TUNED else {}),
             }
             yield _Job(
                 id=key_of(about),
@@ -425,7 +347,7 @@ def _fill(plan: Plan, source: Source, job: _Job, tables: Callable[[View], dict[R
         loss=plan.loss,
     )
     with measure_energy() as meter:
-        outcome = run(job.protocol, trial, job.views)
+        outcome = run(cast(FrozenProtocol, job.protocol), trial, job.views)
     cost = source.cost(outcome.view)
     return Row(
         id=job.id,
@@ -441,12 +363,61 @@ def _fill(plan: Plan, source: Source, job: _Job, tables: Callable[[View], dict[R
         tested=len(benchmark.splits["test"]),
         metric=outcome.metric,
         figures=outcome.figures,
+        diagnostics=diagnose(chosen(outcome.view)["train"].x) if plan.diagnostics else {},
         chosen={**outcome.chosen, **_about(outcome, model), "bytes": bytes_of(steps, train.x.shape[-1])},
         seconds=meter.report.seconds,
         wh=meter.report.kwh * 1000,
         energy=meter.report.method,
         embed_seconds=cost["seconds"],
         embed_wh=cost["wh"],
+        note=benchmark.note,
+    )
+
+
+def _tune(plan: Plan, source: Source, job: _Job, model: str, tuning: _Tuning, progress: Advance | None) -> Row:
+    """Carry out one row of a protocol that trains the encoder."""
+    assert tuning.tuner is not None
+    benchmark = source.benchmark
+    train = benchmark.splits["train"]
+    index, subset = job.subset or (None, "")
+    if job.fraction < 1 and index is None:
+        targets = torch.cat([train[i].target for i in range(len(train))])
+        index, subset = fraction_of(targets, job.fraction, job.seed), "stratified"
+    trial = TunedTrial(
+        protocol=cast(TunedProtocol, job.protocol),
+        benchmark=benchmark,
+        encoder=source.encoder,
+        views=job.views,
+        index=index,
+        seed=job.seed,
+        folder=tuning.folder / job.id,
+        rates=plan.tuning_rates,
+        head=plan.tuned_head,
+        precision=plan.precision,
+        epochs=plan.epochs,
+        batch=plan.batch,
+        loss=plan.loss or OLMOEARTH.get(benchmark.name, OlmoEarthTask()).loss,
+        class_weights=plan.class_weights,
+        device=plan.device,
+    )
+    tuned = tuning.tuner(trial, progress)
+    return Row(
+        id=job.id,
+        model=model,
+        benchmark=benchmark.name,
+        protocol=job.protocol,
+        task=benchmark.task,
+        fraction=job.fraction,
+        seed=job.seed,
+        labels=len(train) if index is None else len(index),
+        subset=subset,
+        tested=len(benchmark.splits["test"]),
+        metric=tuned.outcome.metric,
+        figures=tuned.outcome.figures,
+        chosen={**tuned.outcome.chosen, **_about(tuned.outcome, model)},
+        seconds=tuned.seconds,
+        wh=tuned.wh,
+        energy=tuned.energy,
         note=benchmark.note,
     )
 

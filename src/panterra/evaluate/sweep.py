@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.evaluate.ranking import ScoreCounts
 from panterra.evaluate.readout import Readout
 from panterra.evaluate.scoring import FIGURES, Answers, better
 
@@ -278,15 +279,26 @@ def train_together(train: Table, val: Table, net: Net, readout: Readout, metric:
 
 def answers(member: Member, table: Table, readout: Readout) -> Answers:
     """Give what a probe says of samples."""
-    sums, shares = [], []
+    sums, shares, truths = [], [], []
+    pixels = ScoreCounts(classes=readout.classes) if readout.task == "segmentation" else None
     for raw, y, grid in _read(member.theta, member.net, table, readout):
         (found,) = readout.sums(raw, y, grid)
         sums.append(found.sum(0, keepdims=True) if readout.task == "classification" else found)
         if readout.task == "multilabel":
             shares.append(raw[:, 0].sigmoid().cpu().numpy())
-    truth = table.y.cpu().numpy() > 0.5 if shares else None
+            truths.append(y.cpu().numpy() > 0.5)
+        elif readout.task == "classification":
+            share, truth = (part[y >= 0].cpu() for part in readout.shares(raw, y, grid))
+            shares.append(share.numpy())
+            truths.append(F.one_hot(truth, readout.classes).numpy() > 0)
+        elif pixels is not None:
+            pixels.add(*readout.shares(raw, y, grid))
     return Answers(
-        task=readout.task, sums=np.concatenate(sums), scores=np.concatenate(shares) if shares else None, truth=truth
+        task=readout.task,
+        sums=np.concatenate(sums),
+        scores=np.concatenate(shares) if shares else None,
+        truth=np.concatenate(truths) if truths else None,
+        pixels=pixels,
     )
 
 

@@ -13,14 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from panterra.errors import InputError
+from panterra.evaluate.anysat_protocol import mlp_head
 from panterra.models.features import Features
 
-HeadKind = Literal["linear", "mlp", "attention", "conv"]
+HeadKind = Literal["linear", "mlp", "attention", "conv", "plain", "nearest", "mean", "max", "batch_mlp"]
 """linear, mlp: of each patch or of the sample's summary; attention: of what a learned query picks among the patches;
-conv: a decoder that refines patches to cells in steps."""
+conv: a decoder that refines patches to cells in steps. OlmoEarth's: plain, a linear map alone; nearest, a decoder that
+repeats cells. AnySat's: mean and max, linear of the patches' mean or maximum; batch_mlp, an mlp with batch norm."""
 
-DENSE: tuple[HeadKind, ...] = ("linear", "mlp", "conv")
-SCENE: tuple[HeadKind, ...] = ("linear", "mlp", "attention")
+DENSE: tuple[HeadKind, ...] = ("linear", "mlp", "conv", "plain", "nearest")
+SCENE: tuple[HeadKind, ...] = ("linear", "mlp", "attention", "plain", "mean", "max", "batch_mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,8 @@ class HeadConfig:
     """Width of an mlp, and of the decoder at the patches' resolution."""
     skip_bands: int = 0
     """Bands of raw pixels that the decoder also looks at."""
+    smooth: bool = False
+    """Whether a plain head gives one answer per patch, which is interpolated between them."""
 
     def __post_init__(self) -> None:
         known = DENSE if self.dense else SCENE
@@ -47,17 +51,27 @@ class HeadConfig:
             raise InputError(f"head {self.kind!r} came for {what}; choose one of {', '.join(known)}")
         if self.skip_bands and self.kind != "conv":
             raise InputError(f"raw pixels as a further input need the conv head, not {self.kind!r}")
+        if self.kind == "nearest" and self.side & (self.side - 1):
+            raise InputError(f"head 'nearest' doubles; a patch of {self.side} cells is no power of two: change patch_m")
 
 
 def build_head(config: HeadConfig) -> nn.Module:
     """Build a head: a module from `Features` and standardised pixels, if it takes them, to scores [B, K, ...]."""
     if not config.dense:
         return SceneHead(config)
+    if config.kind == "nearest":
+        return DoublingDecoder(config)
+    if config.kind == "plain" and config.smooth:
+        return SmoothHead(config)
     return Decoder(config) if config.kind == "conv" else CellHead(config)
 
 
-def _layers(config: HeadConfig, outputs: int) -> nn.Sequential:
+def _layers(config: HeadConfig, outputs: int) -> nn.Module:
     """Stack what turns one vector into scores."""
+    if config.kind == "plain":
+        return nn.Linear(config.dim, outputs)
+    if config.kind == "batch_mlp":
+        return mlp_head(config.dim, outputs)
     if config.kind == "mlp":
         hidden = (nn.Linear(config.dim, config.hidden), nn.GELU(), nn.Linear(config.hidden, outputs))
         return nn.Sequential(nn.LayerNorm(config.dim), *hidden)
@@ -69,11 +83,20 @@ class SceneHead(nn.Module):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
+        self.kind = config.kind
         self.pool = AttentionPool(config.dim) if config.kind == "attention" else None
         self.layers = _layers(config, config.outputs)
 
     def forward(self, features: Features, pixels: Tensor | None = None) -> Float[Tensor, "b k"]:
         vector = features.summary
+        if self.kind == "mean":
+            seen = features.valid.flatten(1)
+            # Patches without data are zeros.
+            vector = features.patches.flatten(1, 2).sum(1) / seen.sum(1).clamp(min=1)[:, None]
+        elif self.kind == "max":
+            lost = ~features.valid.flatten(1)[..., None]
+            vector = features.patches.flatten(1, 2).masked_fill(lost, -torch.inf).amax(1)
+            vector = vector.masked_fill(lost.all(1), 0.0)
         if self.pool is not None:
             vector = self.pool(features.patches.flatten(1, 2), features.valid.flatten(1))
         out: Tensor = self.layers(vector)
@@ -107,6 +130,37 @@ class CellHead(nn.Module):
     def forward(self, features: Features, pixels: Tensor | None = None) -> Float[Tensor, "b k y x"]:
         order = "b h w (k r c) -> b k (h r) (w c)"
         out: Tensor = rearrange(self.layers(features.patches), order, r=self.side, c=self.side)
+        return out
+
+
+class SmoothHead(nn.Module):
+    """Scores of patches, interpolated bilinearly to the cells with aligned corners (OlmoEarth's values)."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.side = config.side
+        self.layers = nn.Linear(config.dim, config.outputs)
+
+    def forward(self, features: Features, pixels: Tensor | None = None) -> Float[Tensor, "b k y x"]:
+        coarse = self.layers(features.patches).movedim(-1, 1)
+        rows, cols = (n * self.side for n in coarse.shape[2:])
+        return F.interpolate(coarse, size=(rows, cols), mode="bilinear", align_corners=True)
+
+
+class DoublingDecoder(nn.Module):
+    """Patches refined to cells by repeating each and convolving, over and over, at one width (OlmoEarth)."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        steps = config.side.bit_length()
+        self.steps = nn.ModuleList(nn.Conv2d(config.dim, config.dim, 3, padding=1) for _ in range(steps))
+        self.scores = nn.Conv2d(config.dim, config.outputs, 3, padding=1)
+
+    def forward(self, features: Features, pixels: Tensor | None = None) -> Float[Tensor, "b k y x"]:
+        x = features.patches.movedim(-1, 1)
+        for number, step in enumerate(self.steps):
+            x = F.relu(step(x if number == 0 else F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        out: Tensor = self.scores(x)
         return out
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -29,10 +28,11 @@ from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.pairs import PARTS, Periods, compare, pair_up
 from panterra.finetune.tasks import Task, task_of
 from panterra.imagery.stac import Scene
-from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder, Features
+from panterra.models.filling import fill_up, ground_m
+from panterra.models.sub_patches import divided, encode_sub_patches
 from panterra.models.weights import MODELS, Model, load_model, save_model, weights_checksum
-from panterra.sample import Batch, Observation
+from panterra.sample import Batch
 
 FORMAT = "panterra-finetuned-1"
 FILES = ("config.json", "model.safetensors")
@@ -74,6 +74,10 @@ class Setup:
     centre: float = 0.0
     spread: float = 1.0
     """Values are the head's output times `spread` plus `centre`; boxes have a side of about exp(centre) cells."""
+    sub_patches: str | None = None
+    """The modality whose sub-patches the head looks at, for encoders that have them; None: at patches."""
+    parts: int = 1
+    """How many of these lie along a patch."""
     skip: str | None = None
     """The modality whose pixels the head also looks at."""
     pairs: bool = False
@@ -83,9 +87,38 @@ class Setup:
     base: Base
 
     @property
+    def cells(self) -> int:
+        """Cells of the answer along the side of a patch."""
+        return self.head.side * self.parts
+
+    @property
     def output_m(self) -> float:
         """Side of a cell of the answer in metres: of a patch's part, or of the whole sample."""
-        return self.patch_m / self.head.side if self.head.dense else self.window_px * self.pixel_m
+        return self.patch_m / self.cells if self.head.dense else self.window_px * self.pixel_m
+
+
+def on_sub_patches(setup: Setup, encoder: Encoder, *, modality: str | None = None) -> Setup:
+    """Put a head that was planned for patches onto sub-patches: of a modality, or of the finest one that suits.
+
+    An answer's cells are sub-patches or parts of them, never larger. Raises InputError.
+    """
+    if not setup.head.dense:
+        raise InputError(f"{setup.task} has one answer per sample, so it needs no sub-patches; leave them out")
+    sides = {m: s for m, s in divided(encoder).sub_patches_m(setup.patch_m).items() if m in setup.modalities}
+    if not sides or (modality is not None and modality not in sides):
+        raise InputError(f"{modality or 'nothing'} of {', '.join(setup.modalities)} has sub-patches; leave them out")
+    parts = {m: round(setup.patch_m / s) for m, s in sides.items() if modality in (None, m)}
+    able = {m: n for m, n in parts.items() if setup.head.side % n == 0}
+    if not able:
+        found = ", ".join(f"{m} of {sides[m]:g} m" for m in parts)
+        raise InputError(
+            f"cells of {setup.output_m:g} m came for the sub-patches of {found}, which are no whole number of them; "
+            "ask for smaller cells, or leave the sub-patches out"
+        )
+    chosen = max(able, key=lambda m: able[m])
+    width = divided(encoder).dense_dim * (PARTS if setup.pairs else 1)
+    head = replace(setup.head, dim=width, side=setup.head.side // able[chosen])
+    return replace(setup, head=head, sub_patches=chosen, parts=able[chosen])
 
 
 class FineTuned(nn.Module):
@@ -100,7 +133,7 @@ class FineTuned(nn.Module):
 
     def __init__(self, encoder: Encoder, setup: Setup, *, name: str = "fine-tuned") -> None:
         super().__init__()
-        width = encoder.dim * (PARTS if setup.pairs else 1)
+        width = (divided(encoder).dense_dim if setup.sub_patches else encoder.dim) * (PARTS if setup.pairs else 1)
         if width != setup.head.dim:
             raise InputError(f"the head takes features of width {setup.head.dim}; {encoder.name} gives {width}")
         if not isinstance(encoder, nn.Module):
@@ -186,7 +219,13 @@ class FineTuned(nn.Module):
                 f"the batch holds {', '.join(batch.observations)}; {self.name} looks at {', '.join(self.modalities)}"
             )
         encoder = cast(Encoder, self.encoder)
-        features = encoder.encode(replace(batch, observations=shown), patch_m=self.setup.patch_m)
+        seen, patch_m, modality = replace(batch, observations=shown), self.setup.patch_m, self.setup.sub_patches
+        if modality is None:
+            features = encoder.encode(seen, patch_m=patch_m)
+        elif modality in shown:
+            features = encode_sub_patches(encoder, seen, patch_m=patch_m, modality=modality)
+        else:
+            raise InputError(f"{self.name} looks at sub-patches of {modality}, which the batch does not have; give it")
         return compare(features) if self.setup.pairs else features
 
     def scores(self, batch: Batch, features: Features) -> Float[Tensor, "b k *grid"]:
@@ -226,7 +265,9 @@ class FineTuned(nn.Module):
             raise InputError(
                 f"{self.name} answers for cells of {cell_m:g} m; ask for patch_m={cell_m:g} and no dense features"
             )
-        whole, height, width = self._whole(pair_up(batch, self._periods) if self.setup.pairs else batch)
+        shown = pair_up(batch, self._periods) if self.setup.pairs else batch
+        whole = fill_up(shown, patch_m=self.setup.patch_m)
+        height, width = (round(side / self.setup.patch_m * self.setup.cells) for side in ground_m(shown))
         features = self.features(whole)
         scores = self.scores(whole, features)
         if self.setup.head.dense:
@@ -238,23 +279,6 @@ class FineTuned(nn.Module):
         grid = torch.where(valid[..., None], grid, 0.0)
         count = valid.sum((1, 2)).clamp(min=1)[:, None]
         return Features(patches=grid, summary=grid.sum((1, 2)) / count, valid=valid, patch_m=patch_m)
-
-    def _whole(self, batch: Batch) -> tuple[Batch, int, int]:
-        """Fill a batch up to whole patches, at the bottom and on the right; give its rows and columns of cells too."""
-        height, width = _ground_m(batch)
-        rows, cols = (math.ceil(side / self.setup.patch_m - 1e-6) for side in (height, width))
-        cells = [round(side / self.setup.patch_m * self.setup.head.side) for side in (height, width)]
-        grow = [n * self.setup.patch_m / side for n, side in ((rows, height), (cols, width))]
-        if max(grow) < 1 + 1e-6:
-            return batch, cells[0], cells[1]
-        filled = {}
-        for name, o in batch.observations.items():
-            down, right = (round(n * g) - n for n, g in zip(o.pixels.shape[-2:], grow, strict=True))
-            if o.pixels.shape[-2:] == (1, 1):
-                down = right = 0
-            edges = (0, right, 0, down)
-            filled[name] = Observation(pixels=F.pad(o.pixels, edges), dates=o.dates, valid=F.pad(o.valid, edges))
-        return replace(batch, observations=filled), cells[0], cells[1]
 
     def predict(self, scores: np.ndarray) -> np.ndarray:
         """Turn scores [..., K] into class codes (int64; of labels the likeliest one) or values (float32), [...]."""
@@ -414,13 +438,5 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _ground_m(batch: Batch) -> tuple[float, float]:
-    """Measure the extent of a batch in metres, by the modality with most pixels."""
-    height, width, name = max((*o.pixels.shape[-2:], name) for name, o in batch.observations.items())
-    # A modality finer than 10 m has more pixels than the common grid, a coarser one at most as many.
-    pixel_m = batch.pixel_m * min(MODALITIES[name].gsd, 10.0) / 10
-    return height * pixel_m, width * pixel_m
-
-
 def _side_m(batch: Batch) -> float:
-    return max(_ground_m(batch))
+    return max(ground_m(batch))

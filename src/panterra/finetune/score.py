@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from panterra.evaluate import metrics
 from panterra.evaluate.metrics import Interval
@@ -61,8 +62,9 @@ def score(
     batch_size: int,
     options: LossOptions | None = None,
     advance: Callable[[int], None] | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scores:
-    """Predict a part of the examples, in float32 and without augmentation."""
+    """Predict a part of the examples, in float32 and without augmentation; `watch` is shown all scores and targets."""
     task, index = examples.task, examples.of(part)
     device = next(model.parameters()).device
     tallies, losses, weights = [], 0.0, 0
@@ -73,6 +75,8 @@ def score(
             target = torch.cat([sample.target for sample in some])
             scores = model(collate([sample.batch for sample in some]).to(device))
             tallies.append(task.tally(scores, target.to(device)))
+            if watch:
+                watch(scores, target.to(device))
             if options is not None:
                 losses += float(task.loss(scores, target.to(device), options)) * len(some)
                 weights += len(some)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ from panterra.finetune.augment import Augmentation
 from panterra.finetune.lora import add_lora
 from panterra.finetune.model import FineTuned
 
-Method = Literal["full", "head", "lora"]
+Method = Literal["full", "head", "lora", "projector"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -24,11 +25,41 @@ NEVER_TRAINED = ("encodings.month", ".pad")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plateau:
+    """Lower all rates where the validation part has not got better for more than `patience` epochs."""
+
+    factor: float
+    patience: int
+    cooldown: int = 0
+    """Epochs after each time in which nothing is counted."""
+    watches: Literal["figure", "loss"] = "figure"
+    """The figure that decides which epoch is kept, or the loss; better is so by more than a ten thousandth."""
+
+    def share(self, figures: Sequence[float]) -> float:
+        """Tell what rates are multiplied by after these figures, of which higher is better.
+
+        As torch's ReduceLROnPlateau does.
+        """
+        best, bad, cooling, share = -math.inf, 0, 0, 1.0
+        for figure in figures:
+            if figure > best + (1e-4 * abs(best) if math.isfinite(best) else 0.0):
+                best, bad = figure, 0
+            else:
+                bad += 1
+            if cooling > 0:
+                cooling, bad = cooling - 1, 0
+            if bad > self.patience:
+                share, cooling, bad = share * self.factor, self.cooldown, 0
+        return share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """How a model is trained; each value changes the result."""
 
     method: Method = "full"
-    """full: all weights; head: the head alone, on a frozen encoder; lora: the head and low-rank changes."""
+    """full: all weights; head: the head alone, on a frozen encoder; lora: the head and low-rank changes; projector: the
+    head and what first reads each sensor's pixels (AnySat's for a new sensor)."""
     epochs: int = 50
     batch_size: int = 8
     lr: float = 1e-3
@@ -39,13 +70,27 @@ class Tuning:
     """From each layer of the encoder to the one below; 1 trains all alike. LoRA's changes are all trained alike."""
     head_first: int = 5
     """Epochs in which the head learns alone, before the encoder moves."""
+    after_head: float = 1.0
+    """What all rates are multiplied by from then on."""
+    frozen_drop_path: bool = False
+    """Whether the encoder drops paths in the head's own epochs too, as if it were trained."""
     weight_decay: float = 0.05
     """Of matrices; biases and norms have none."""
+    decay_all: bool = False
+    """Whether biases and norms have it too."""
+    schedule: Plateau | Literal["cosine", "epoch_cosine"] = "cosine"
+    """cosine: step by step, see `warmup`; epoch_cosine: AnySat's, epoch by epoch (`sweep.rates_at`)."""
     warmup: float = 0.1
-    """Share of all steps in which the rate rises."""
-    clip_norm: float = 1.0
+    """Share of all steps in which the rate rises, before a cosine."""
+    clip_norm: float | None = 1.0
     patience: int = 10
     """Epochs without a better validation figure after which it is enough."""
+    least_epochs: int = 0
+    """Epochs before which it is never enough."""
+    accumulate: int = 1
+    """Parts that a batch is worked through in, which saves memory; each counts alike."""
+    drop_last: bool = False
+    """Whether an incomplete last batch of an epoch is left out."""
     rank: int = 8
     """Of LoRA."""
     alpha: float = 16.0
@@ -61,15 +106,15 @@ class Tuning:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.method not in ("full", "head", "lora") or self.precision not in ("float32", "bfloat16"):
+        if self.method not in ("full", "head", "lora", "projector") or self.precision not in ("float32", "bfloat16"):
             raise InputError(
-                f"method is {self.method!r} and precision {self.precision!r}; wanted full, head or lora, and float32 "
-                "or bfloat16"
+                f"method is {self.method!r} and precision {self.precision!r}; wanted full, head, lora or projector, "
+                "and float32 or bfloat16"
             )
         if self.loss not in ("cross_entropy", "dice"):
             raise InputError(f"loss is {self.loss!r}; wanted cross_entropy or dice")
-        if min(self.epochs, self.batch_size, self.patience) < 1 or self.head_first < 0:
-            raise InputError("epochs, batch_size and patience must be 1 or more, and head_first 0 or more")
+        if min(self.epochs, self.batch_size, self.patience, self.accumulate) < 1 or self.head_first < 0:
+            raise InputError("epochs, batch_size, patience and accumulate must be 1 or more, and head_first 0 or more")
         if not 0 < self.layer_decay <= 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup < 1:
             raise InputError(
                 f"layer_decay is {self.layer_decay}, label_smoothing {self.label_smoothing} and warmup {self.warmup}; "
@@ -107,6 +152,11 @@ def prepare(model: FineTuned, tuning: Tuning) -> Trained:
     if tuning.method == "full":
         scales = layer_scales(encoder, tuning.layer_decay)
         peaks |= {f"encoder.{name}": tuning.encoder_peak * scale for name, scale in scales.items()}
+    elif tuning.method == "projector":
+        names = [name for name, _ in encoder.named_parameters() if "projector" in name]
+        if not names:
+            raise InputError(f"{encoder.name} has no projectors to train; choose another method")
+        peaks |= {f"encoder.{name}": tuning.encoder_peak for name in names if not name.endswith(NEVER_TRAINED)}
     elif tuning.method == "lora":
         added = {id(p) for p in add_lora(encoder, rank=tuning.rank, alpha=tuning.alpha)}
         names = [name for name, p in encoder.named_parameters() if id(p) in added]
@@ -149,7 +199,8 @@ def make_optimiser(trained: Trained, tuning: Tuning) -> torch.optim.AdamW:
     """Make an AdamW with one group per learning rate and kind of parameter."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trained.parameters.items():
-        groups.setdefault((trained.peaks[name], tuning.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+        decay = tuning.weight_decay if p.ndim > 1 or tuning.decay_all else 0.0
+        groups.setdefault((trained.peaks[name], decay), []).append(p)
     made = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
     return torch.optim.AdamW(made, fused=True)
 

@@ -14,8 +14,10 @@ import shapely.geometry
 
 from panterra.errors import InputError
 from panterra.imagery.aoi import Area
+from panterra.imagery.foreign_items import baseline_of
 from panterra.imagery.grids import onto_globe, unwrapped
-from panterra.imagery.stac import SceneItem, baseline_of, parse_item
+from panterra.imagery.items import SceneItem
+from panterra.imagery.stac import parse_item
 
 Every = Literal["month", "season", "year", "all"]
 

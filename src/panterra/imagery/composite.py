@@ -12,7 +12,8 @@ from odc.geo.geobox import GeoBox
 from rasterio.windows import Window
 
 from panterra.imagery.clouds import S2CLOUDLESS_REACH_PX, detect_clouds, near_clouds
-from panterra.imagery.stac import Scene, SceneItem, modality_grid
+from panterra.imagery.items import SceneItem
+from panterra.imagery.stac import Scene, modality_grid
 from panterra.modalities import MODALITIES, Modality
 
 How = Literal["median", "medoid", "best", "none"]

@@ -18,21 +18,10 @@ from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
 from panterra.imagery.files import in_file_order, same_ground, sample_windows, spread
+from panterra.imagery.items import CONVERSIONS, MASKS, OWN_MASKS, SceneAsset, SceneBand, SceneItem
 from panterra.imagery.naming import match_band
 from panterra.imagery.raster import grid_of, read_onto
-from panterra.imagery.stac import (
-    CONVERSIONS,
-    MASKS,
-    OWN_MASKS,
-    SUBSTITUTES,
-    Scene,
-    SceneAsset,
-    SceneBand,
-    SceneItem,
-    make_item,
-    open_scene,
-    save_scene,
-)
+from panterra.imagery.stac import SUBSTITUTES, Scene, make_item, open_scene, save_scene
 from panterra.imagery.units import FileUnit, darkest_pixels, file_units, offset_kept, plausible_units, to_declared
 from panterra.modalities import MODALITIES, Modality
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from panterra.errors import InputError
+from panterra.files import unfinished, write_whole
 from panterra.imagery.raster import CACHE_BYTES, crs_for_rasterio
 from panterra.imagery.web import CredentialsError, RangeFile, Web, plain
 
@@ -97,18 +97,15 @@ def cut_out(web: Web, href: str, box: GeoBox, path: Path) -> None:
 
     Nothing is resampled. The copy appears under its name when it is whole.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     file = RangeFile(web, href)
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=CACHE_BYTES):
+    with unfinished(path) as partial, rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=CACHE_BYTES):
         try:
             with rasterio.open("asset", driver=_driver(file), opener=_only(file)) as source:
                 _copy(source, _window(source, box, href), partial)
-            partial.replace(path)
         except RasterioError as error:
             raise file.failure or InputError(f"cannot read {plain(href)}: {error}") from error
         finally:
             file.close()
-            partial.unlink(missing_ok=True)
 
 
 def _driver(file: RangeFile) -> str:
@@ -196,6 +193,4 @@ def _parts(source: DatasetReader, window: Window) -> Iterator[Window]:
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True))

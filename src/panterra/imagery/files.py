@@ -19,10 +19,12 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 
 from panterra.errors import InputError
+from panterra.files import unfinished
+from panterra.imagery.items import SceneAsset, SceneBand
 from panterra.imagery.layers import ARCHIVES, NETCDF, RASTERS, TIME_AXIS, Layer, open_layers
 from panterra.imagery.naming import AUXILIARY, NamedDate, candidates, match_bands, processing_baseline, words
 from panterra.imagery.raster import CogWriter, write_cog
-from panterra.imagery.stac import Scene, SceneAsset, SceneBand, make_item, open_scene, save_scene
+from panterra.imagery.stac import Scene, make_item, open_scene, save_scene
 from panterra.imagery.units import FileUnit, file_unit, file_units, offset_kept, plausible_units, to_declared
 from panterra.modalities import MODALITIES
 
@@ -480,9 +482,9 @@ def _place(layer: Layer, bands: Sequence[str | None], path: Path, copy: bool) ->
 def _copy_whole(source: rasterio.DatasetReader, path: Path) -> Path:
     """Copy a file with what only GDAL carries over: control points and masks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.tif")
-    rasterio.shutil.copy(source, partial, driver="COG", blocksize=512, compress="DEFLATE", predictor="YES")
-    return partial.replace(path)
+    with unfinished(path) as partial:
+        rasterio.shutil.copy(source, partial, driver="COG", blocksize=512, compress="DEFLATE", predictor="YES")
+    return path
 
 
 def _blocks(height: int, width: int, size: int = 1024) -> Iterator[Window]:

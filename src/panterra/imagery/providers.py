@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from panterra.errors import InputError
+from panterra.imagery.foreign_items import SOURCES
 from panterra.imagery.signing import Access, copernicus_access, sign_planetary_computer, sign_s3
-from panterra.imagery.stac import SOURCES
 from panterra.modalities import MODALITIES
 
 LICENCE = "panterra:licence"

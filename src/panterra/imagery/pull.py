@@ -22,9 +22,10 @@ from panterra.errors import InputError
 from panterra.imagery.choose import Candidate
 from panterra.imagery.composite import blocks, compose_block
 from panterra.imagery.download import Advance, fetch_pieces, save_json
+from panterra.imagery.items import SceneItem
 from panterra.imagery.providers import LICENCE, LICENCES, Provider, licence_fields
 from panterra.imagery.raster import CogWriter
-from panterra.imagery.stac import SCENE_FILE, Scene, SceneItem, make_item, modality_grid, open_scene, save_scene
+from panterra.imagery.stac import SCENE_FILE, Scene, make_item, modality_grid, open_scene, save_scene
 from panterra.imagery.wish import Connect, Image, Plan, Wish, connect, make_plan
 from panterra.modalities import MODALITIES, Modality
 

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import re
 import urllib.error
 import urllib.request
 import zlib
@@ -27,7 +26,21 @@ from odc.geo import CRS
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
+from panterra.files import write_whole
+from panterra.imagery.foreign_items import foreign_item
 from panterra.imagery.grids import bounds_in, common_crs, footprint, lonlat
+from panterra.imagery.items import (
+    CONVERSIONS,
+    INDEX,
+    MASKS,
+    MODALITY,
+    OWN_MASKS,
+    SceneAsset,
+    SceneBand,
+    SceneItem,
+    date_of,
+    resolve,
+)
 from panterra.imagery.raster import Bools, Floats, grid_of, read_onto
 from panterra.modalities import MODALITIES, Modality
 from panterra.sample import Batch, Observation, to_days
@@ -45,88 +58,11 @@ T = TypeVar("T")
 Reading = Callable[[], tuple[Floats, Bools]]
 """Waits for files and returns their pixels [C, H, W] and where these are data [H, W]."""
 
-MODALITY = "panterra:modality"
-"""The property by which an item says which row of `MODALITIES` it is."""
-
-INDEX = "panterra:index"
-"""Which band of its file a band is, counted from 1, where bands are listed in another order."""
-
 SUBSTITUTES = {
     "sentinel2_l2a": {"B01": "B02", "B09": "B8A", "B8A": "B08", "B08": "B8A"},
     "sentinel2": {"B01": "B02", "B09": "B8A", "B8A": "B08", "B08": "B8A", "B10": "B11"},
 }
 """The band that stands in for an absent one: the nearest in wavelength, as the models' published evaluations do."""
-
-MASKS: Mapping[str, Callable[[Floats], Bools]] = {
-    # Sentinel-2 scene classes: no data, saturated, cloud shadow, medium and high cloud probability, thin cirrus.
-    "scl": lambda v: ~np.isin(v, (0, 1, 3, 8, 9, 10)),
-    # Landsat Collection 2 QA_PIXEL, bits 0-4: fill, dilated cloud, cirrus, cloud, cloud shadow.
-    "qa_pixel": lambda v: (v.astype(np.int64) & 0b11111) == 0,
-    # DEA's Fmask codes: no data, cloud, cloud shadow.
-    "fmask": lambda v: ~np.isin(v, (0, 2, 3)),
-    # PALSAR mosaic: no data, layover, shadowing.
-    "palsar": lambda v: ~np.isin(v, (0, 100, 150)),
-    # GDAL's convention for masks, also that of our own scenes.
-    "valid": lambda v: v != 0,
-}
-"""Which codes of a mask are data."""
-
-OWN_MASKS = {"scl": "scl", "qa": "qa_pixel", "qa_pixel": "qa_pixel", "valid": "valid", "mask": "valid"}
-"""The key of a mask asset in a scene of ours -> how its codes read."""
-
-CONVERSIONS: Mapping[tuple[str, str], Callable[[Floats], Floats]] = {
-    ("reflectance", "reflectance_1e4"): lambda v: v * np.float32(1e4),
-    ("linear", "db"): lambda v: 10 * np.log10(np.maximum(v, np.float32(1e-10))),
-    ("amplitude", "db"): lambda v: 20 * np.log10(np.maximum(v, np.float32(1e-5))),
-    ("fraction", "percent"): lambda v: v * np.float32(100),
-    ("percent", "fraction"): lambda v: v / np.float32(100),
-}
-"""Exact ways from the unit of a file to the declared unit; `linear` is power, `amplitude` its square root."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneBand:
-    """One band of a file: `raw * scale + offset` is in `unit`."""
-
-    name: str
-    """As in `MODALITIES`."""
-    index: int = 1
-    nodata: float | None = None
-    """In the file's raw values; the file's own nodata value counts as well."""
-    scale: float | None = None
-    """None: as the file itself says."""
-    offset: float | None = None
-    unit: str | None = None
-    """None: the declared unit of the modality."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneAsset:
-    """One file and the bands it holds."""
-
-    href: str
-    bands: tuple[SceneBand, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneItem:
-    """One modality at one date, as files."""
-
-    id: str
-    modality: str
-    date: dt.date
-    assets: tuple[SceneAsset, ...]
-    mask: tuple[str, str] | None = None
-    """Where the mask is and which of `MASKS` reads it."""
-    grid: GeoBox | None = None
-    """The finest grid of its files, where the metadata tell it."""
-    decisions: tuple[str, ...] = ()
-    """What was concluded from the metadata, one sentence each."""
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """The names of its bands, in the order of its files."""
-        return tuple(band.name for asset in self.assets for band in asset.bands)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,10 +316,7 @@ def save_scene(folder: str | Path, items: Sequence[pystac.Item], title: str, lic
         features.append(feature | {"links": []})
     content: dict[str, Any] = {"type": "FeatureCollection", "title": title}
     content |= {"license": licence} if licence else {}
-    path, partial = folder / SCENE_FILE, folder / f".{SCENE_FILE}.partial"
-    partial.write_text(json.dumps(content | {"features": features}, indent=1), encoding="utf-8")
-    partial.replace(path)
-    return path
+    return write_whole(folder / SCENE_FILE, json.dumps(content | {"features": features}, indent=1))
 
 
 def parse_item(raw: Mapping[str, Any], *, base: str | None = None, prefer: Sequence[str] = ()) -> SceneItem:
@@ -395,238 +328,8 @@ def parse_item(raw: Mapping[str, Any], *, base: str | None = None, prefer: Seque
     properties = raw.get("properties", {})
     if not raw.get("assets"):
         raise InputError(f"item {name} has no assets; ask the catalogue for whole items, not for chosen fields")
-    item = _own_item(raw, base) if MODALITY in properties else _foreign_item(raw, base, prefer)
+    item = _own_item(raw, base) if MODALITY in properties else foreign_item(raw, base, prefer)
     return replace(item, grid=_grid_of_item(raw, item, base))
-
-
-# What we know of other people's collections ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """How a provider's collections spell a modality."""
-
-    collections: tuple[str, ...]
-    modalities: tuple[str, ...]
-    """What it can serve, the default first."""
-    assets: Mapping[str, str | tuple[str, ...]]
-    """Asset key, in lower case -> band, or the bands of a file in its order."""
-    platforms: tuple[str, ...] = ()
-    unit: str | None = None
-    scale: float = 1.0
-    offset: float = 0.0
-    nodata: float | None = None
-    """Where the item does not say; None: as `MODALITIES` says."""
-    mask: tuple[str, str] | None = None
-    """Asset key and which of `MASKS`."""
-
-
-def _keys(bands: str, keys: str) -> dict[str, str | tuple[str, ...]]:
-    return dict(zip(keys.lower().split(), bands.split(), strict=True))
-
-
-_S2_BANDS = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12"
-_S2_KEYS = _keys(_S2_BANDS, "coastal blue green red rededge1 rededge2 rededge3 nir nir08 nir09 swir16 swir22") | _keys(
-    _S2_BANDS, _S2_BANDS
-)
-_S2_CDSE = _keys(
-    _S2_BANDS,
-    "B01_60m B02_10m B03_10m B04_10m B05_20m B06_20m B07_20m B08_10m B8A_20m B09_60m B11_20m B12_20m",
-)
-_OLI_SR = "B2 B3 B4 B5 B6 B7"
-_OLI = "B1 B2 B3 B4 B5 B6 B7 B8 B9 B10 B11"
-_ETM = "B1 B2 B3 B4 B5 B7"
-_LANDSAT_8_9 = ("landsat-8", "landsat-9")
-
-SOURCES = (
-    Source(
-        collections=("sentinel-2-l2a", "sentinel-2-c1-l2a", "sentinel-s2-l2a-cogs"),
-        modalities=("sentinel2_l2a",),
-        assets=_S2_KEYS | _S2_CDSE,
-        mask=("scl", "scl"),
-    ),
-    Source(
-        collections=("sentinel-2-l1c", "sentinel-s2-l1c"),
-        modalities=("sentinel2",),
-        assets=_S2_KEYS | {"cirrus": "B10", "b10": "B10"},
-    ),
-    Source(
-        # Collection 2 surface reflectance (USGS, Landsat 8-9 C2 L2 product guide: 2.75e-5 DN - 0.2). It is what HLS L30
-        # starts from, before the adjustment to nadir view.
-        collections=("landsat-c2-l2", "landsat-8-c2-l2", "landsat-c2l2-sr"),
-        platforms=_LANDSAT_8_9,
-        modalities=("hls",),
-        assets=_keys(_OLI_SR, "blue green red nir08 swir16 swir22")
-        | _keys(_OLI_SR, "SR_B2 SR_B3 SR_B4 SR_B5 SR_B6 SR_B7"),
-        scale=0.275,
-        offset=-2000.0,
-        nodata=0,
-        mask=("qa_pixel", "qa_pixel"),
-    ),
-    Source(
-        collections=("ga_ls8c_ard_3", "ga_ls9c_ard_3"),
-        modalities=("hls",),
-        assets=_keys(_OLI_SR, "nbart_blue nbart_green nbart_red nbart_nir nbart_swir_1 nbart_swir_2"),
-        nodata=-999,
-        mask=("oa_fmask", "fmask"),
-    ),
-    Source(
-        collections=("landsat-c2-l1", "landsat-c2l1"),
-        platforms=_LANDSAT_8_9,
-        modalities=("landsat",),
-        assets=_keys(_OLI, "coastal blue green red nir08 swir16 swir22 pan cirrus lwir11 lwir12"),
-        mask=("qa_pixel", "qa_pixel"),
-    ),
-    Source(
-        collections=("landsat-c2-l1", "landsat-c2l1"),
-        platforms=("landsat-7",),
-        modalities=("landsat7",),
-        assets=_keys(_ETM, "blue green red nir08 swir16 swir22"),
-        mask=("qa_pixel", "qa_pixel"),
-    ),
-    Source(
-        collections=("sentinel-1-rtc",),
-        modalities=("sentinel1",),
-        assets=_keys("vv vh", "vv vh"),
-        unit="linear",
-    ),
-    Source(
-        # JAXA: gamma0 in dB = 20 log10(DN) - 83.
-        collections=("alos-palsar-mosaic",),
-        modalities=("alos2",),
-        assets=_keys("hh hv", "HH HV"),
-        unit="amplitude",
-        scale=10 ** (-83 / 20),
-        mask=("mask", "palsar"),
-    ),
-    Source(collections=("naip",), modalities=("naip_10", "naip"), assets={"image": ("R", "G", "B", "IR")}),
-    Source(collections=("esa-worldcover",), modalities=("worldcover",), assets={"map": "B1"}),
-    Source(
-        collections=("cop-dem-glo-30", "cop-dem-glo-90", "nasadem"),
-        modalities=("srtm",),
-        assets={"data": "srtm", "elevation": "srtm"},
-    ),
-    Source(
-        collections=("modis-13Q1-061",),
-        modalities=("modis",),
-        assets=_keys(
-            "B1 B2 B3 B7",
-            "250m_16_days_red_reflectance 250m_16_days_NIR_reflectance "
-            "250m_16_days_blue_reflectance 250m_16_days_MIR_reflectance",
-        ),
-        nodata=-1000,
-    ),
-    Source(
-        collections=("modis-09A1-061",),
-        modalities=("modis",),
-        assets=_keys("B1 B2 B3 B4 B5 B6 B7", " ".join(f"sur_refl_b0{i}" for i in range(1, 8))),
-    ),
-)
-
-REFUSED = {
-    "sentinel-1-grd": "is uncalibrated amplitude on a slanted grid; take sentinel-1-rtc, or calibrate it to dB",
-    "landsat-c2-l2": "is surface reflectance of an older Landsat, which no modality declares; take level 1",
-    "landsat-c2l2-sr": "is surface reflectance of an older Landsat, which no modality declares; take level 1",
-}
-"""Collections that look usable and are not -> why, and what to take instead."""
-
-
-def _foreign_item(raw: Mapping[str, Any], base: str | None, prefer: Sequence[str]) -> SceneItem:
-    properties = raw["properties"]
-    collection = raw.get("collection") or properties.get("odc:product")
-    platform = str(properties.get("platform", "")).lower().replace("_", "-")
-    source = next(
-        (s for s in SOURCES if collection in s.collections and (not s.platforms or platform in s.platforms)), None
-    )
-    if source is None:
-        if collection in REFUSED:
-            raise InputError(f"item {raw['id']}: {collection} {REFUSED[collection]}")
-        raise InputError(
-            f"item {raw['id']} is of collection {collection!r}, which is not known; "
-            f"give it the property {MODALITY} and the band names of one of {', '.join(MODALITIES)}"
-        )
-    modality = next((name for name in source.modalities if name in prefer), source.modalities[0])
-    term, decisions = _sentinel2_offset(raw) if modality.startswith("sentinel2") else (source.offset, ())
-    assets: list[SceneAsset] = []
-    taken: set[str] = set()
-    for key, asset in raw["assets"].items():
-        names = source.assets.get(key.lower(), ())
-        names = (names,) if isinstance(names, str) else names
-        if not names or taken & set(names):
-            continue
-        taken |= set(names)
-        notes = asset.get("raster:bands") or asset.get("bands") or []
-        bands = tuple(
-            SceneBand(
-                name=name,
-                index=i + 1,
-                nodata=_foreign_nodata(notes[i] if i < len(notes) else {}, source, MODALITIES[modality]),
-                scale=source.scale,
-                offset=term,
-                unit=source.unit,
-            )
-            for i, name in enumerate(names)
-        )
-        assets.append(SceneAsset(href=_resolve(asset["href"], base), bands=bands))
-    if not assets:
-        raise InputError(
-            f"item {raw['id']} of {collection} has none of the assets {', '.join(source.assets)}; "
-            "ask the catalogue for them"
-        )
-    mask = None
-    if source.mask is not None:
-        found = [a for key, a in raw["assets"].items() if key.lower().removesuffix("_20m") == source.mask[0]]
-        mask = (_resolve(found[0]["href"], base), source.mask[1]) if found else None
-    return SceneItem(
-        id=raw["id"],
-        modality=modality,
-        date=_date(raw),
-        assets=tuple(assets),
-        mask=mask,
-        decisions=decisions,
-    )
-
-
-def _foreign_nodata(note: Mapping[str, Any], source: Source, spec: Modality) -> float | None:
-    given = note.get("nodata")
-    if given is not None:
-        return float(given)
-    return source.nodata if source.nodata is not None else spec.nodata
-
-
-def _sentinel2_offset(raw: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
-    """Decide what to add to the digital numbers: -1000 from processing baseline 04.00 on, unless already done.
-
-    The offset in band metadata (`raster:offset`) is not asked: providers state it whether or not they applied it.
-    """
-    properties = raw["properties"]
-    applied = next((properties[k] for k in properties if k.endswith(":boa_offset_applied")), False)
-    baseline = baseline_of(raw)
-    if applied:
-        return 0.0, (f"baseline {baseline or 'unknown'}: the provider has already taken the offset of 1000 away",)
-    if baseline is None:
-        if _date(raw) >= dt.date(2022, 1, 25):
-            raise InputError(
-                f"item {raw['id']} does not say its processing baseline, so its offset is unknown; "
-                'add the property "s2:processing_baseline", the 05.11 of N0511 in the name of the product'
-            )
-        return 0.0, ("baseline unknown, date before 2022-01-25: no offset",)
-    if tuple(int(n) for n in baseline.split(".")) >= (4, 0):
-        return -1000.0, (f"baseline {baseline}: 1000 is taken away",)
-    return 0.0, (f"baseline {baseline}: no offset",)
-
-
-def baseline_of(raw: Mapping[str, Any]) -> str | None:
-    """Find the processing baseline of a Sentinel-2 item, such as 05.11."""
-    properties = raw["properties"]
-    for key in ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline"):
-        if re.fullmatch(r"\d+\.\d+", str(properties.get(key, ""))):
-            return str(properties[key])
-    for text in (properties.get("s2:product_uri"), properties.get("sentinel:product_id"), raw["id"]):
-        found = re.search(r"_N(\d\d)(\d\d)_", str(text))
-        if found:
-            return f"{found[1]}.{found[2]}"
-    return None
 
 
 # Our own items --------------------------------------------------------------------------------------------------------
@@ -641,7 +344,7 @@ def _own_item(raw: Mapping[str, Any], base: str | None) -> SceneItem:
     mask = None
     others: list[str] = []
     for key, asset in raw["assets"].items():
-        href = _resolve(asset["href"], base)
+        href = resolve(asset["href"], base)
         notes = asset.get("bands") or []
         if not notes and key.lower() in OWN_MASKS:
             mask = (href, OWN_MASKS[key.lower()])
@@ -654,7 +357,7 @@ def _own_item(raw: Mapping[str, Any], base: str | None) -> SceneItem:
     if not assets:
         raise InputError(f"item {raw['id']} names no band of {modality}; its assets need bands[] with names")
     return SceneItem(
-        id=raw["id"], modality=modality, date=_date(raw), assets=tuple(assets), mask=mask, decisions=decisions
+        id=raw["id"], modality=modality, date=date_of(raw), assets=tuple(assets), mask=mask, decisions=decisions
     )
 
 
@@ -808,7 +511,7 @@ def _grid_of_files(item: SceneItem) -> GeoBox:
 def _grid_of_item(raw: Mapping[str, Any], item: SceneItem, base: str | None) -> GeoBox | None:
     """Read the projection extension, of the assets in use or of the item."""
     used = {asset.href for asset in item.assets}
-    notes = [a for a in raw["assets"].values() if _resolve(a["href"], base) in used]
+    notes = [a for a in raw["assets"].values() if resolve(a["href"], base) in used]
     grids = []
     for note in (*notes, {}):
         stated: dict[str, Any] = raw["properties"] | note
@@ -880,14 +583,6 @@ def _as_dict(item: pystac.Item | Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _resolve(href: str, base: str | None) -> str:
-    if base is None or "://" in href or href.startswith("/"):
-        return href
-    if base.startswith(("http://", "https://")):
-        return urljoin(base, href)
-    return str(Path(base).parent / href)
-
-
 def _relative(href: str, folder: Path) -> str:
     if "://" in href or href.startswith("/vsi"):
         return href
@@ -896,15 +591,6 @@ def _relative(href: str, folder: Path) -> str:
     # Not resolve(), which would follow links out of the folder.
     path, home = Path(href).absolute(), folder.absolute()
     return path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path)
-
-
-def _date(raw: Mapping[str, Any]) -> dt.date:
-    properties = raw["properties"]
-    text = properties.get("datetime") or properties.get("start_datetime")
-    try:
-        return dt.datetime.fromisoformat(str(text)).date()
-    except ValueError:
-        raise InputError(f"item {raw['id']} has the date {text!r}; wanted one like 2024-05-01T10:00:00Z") from None
 
 
 def _common_licence(features: Sequence[Mapping[str, Any]]) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from panterra.errors import InputError
-from panterra.imagery.stac import CONVERSIONS
+from panterra.imagery.items import CONVERSIONS
 from panterra.modalities import MODALITIES
 
 

@@ -23,6 +23,7 @@ from rasterio.windows import from_bounds
 
 from panterra.energy import measure_energy
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.imagery.grids import unwrapped
 from panterra.imagery.labels import Labels, sample_labels
 from panterra.imagery.raster import CogWriter
@@ -244,10 +245,8 @@ def _write_polygons(distance: Path, mask: Path, box: GeoBox, out: Path, min_patc
     ).to_crs("EPSG:4326")
     # Patches that touch at corners alone make rings that touch themselves, and RFC 7946 has rules of its own.
     frame.geometry = [shapely.orient_polygons(unwrapped(shapely.make_valid(shape))) for shape in frame.geometry]
-    temporary = out.with_name(f".{out.name}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(json.loads(frame.to_json(drop_id=True)), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    write_whole(out, json.dumps(json.loads(frame.to_json(drop_id=True)), indent=1) + "\n")
     return len(grown)
 
 

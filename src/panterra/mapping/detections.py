@@ -20,6 +20,7 @@ from odc.geo.geobox import GeoBox
 from panterra.energy import EnergyReport
 from panterra.energy.impact import Impact, impact_of
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.finetune.boxes import SAME, SHAPE, boxes_of, suppress
 from panterra.finetune.model import FineTuned, load_finetuned
 from panterra.imagery.grids import footprint, lonlat
@@ -27,7 +28,7 @@ from panterra.imagery.stac import Scene, open_scene, pixel_metres
 from panterra.mapping.areas import Area, read_area
 from panterra.mapping.cluster import check_on
 from panterra.mapping.detector import Detector
-from panterra.mapping.parts import Parts, write_whole
+from panterra.mapping.parts import Parts
 from panterra.mapping.run import Note, Progress, common_grid, complete, compute, conclude, one_grid
 from panterra.mapping.sources import Encoding
 from panterra.mapping.tiles import Tile
@@ -172,7 +173,7 @@ class _List:
         features, self.areas_m2 = _features(boxes[kept], score[kept], kind[kept], grid, names)
         self.counts = {name: int((kind[kept] == k).sum()) for k, name in enumerate(names)}
         text = json.dumps({"type": "FeatureCollection", "features": features}) + "\n"
-        write_whole(self.parts.out, text.encode())
+        write_whole(self.parts.out, text, sync=True)
 
 
 def _known_threshold(model: FineTuned) -> float:

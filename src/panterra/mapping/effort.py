@@ -17,8 +17,9 @@ from panterra.energy import EnergyMeter, EnergyReport, measure_energy, record
 from panterra.energy.impact import Figure, local_site
 from panterra.energy.ledger import Entry, Note, Status, read_ledger, this_machine
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.imagery.stac import pixel_metres
-from panterra.mapping.parts import Parts, write_whole
+from panterra.mapping.parts import Parts
 from panterra.mapping.sources import Encoding, Stored
 from panterra.mapping.tiles import Tile
 
@@ -202,7 +203,7 @@ class Account:
         return report if self.before is None else self.before + report
 
     def _keep(self, total: EnergyReport, unrecorded: Mapping[str, Any] | None) -> None:
-        write_whole(_file(self.parts), json.dumps({"total": total.as_dict(), "unrecorded": unrecorded}).encode())
+        write_whole(_file(self.parts), json.dumps({"total": total.as_dict(), "unrecorded": unrecorded}), sync=True)
 
 
 @contextlib.contextmanager
@@ -267,7 +268,7 @@ def _earlier(command: str, work: Encoding | Stored, parts: Parts) -> EnergyRepor
             windows=lost["windows"],
             pixels=lost["pixels"],
         )
-        write_whole(file, json.dumps({**told, "unrecorded": None}).encode())
+        write_whole(file, json.dumps({**told, "unrecorded": None}), sync=True)
     return EnergyReport.of(told["total"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.mapping.blend import Canvas
 from panterra.mapping.tiles import Tile
 
@@ -74,7 +74,7 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
-            self._write("job.json", json.dumps(wanted, indent=1, sort_keys=True).encode())
+            self._write("job.json", json.dumps(wanted, indent=1, sort_keys=True))
             self._try_again()
         self.failed: dict[str, str] = {}
         """The reason for each tile that failed since the job was opened."""
@@ -100,7 +100,7 @@ class Parts:
         near = ((0, 1), (1, 0), (1, 1)) if tile.windows else ()
         self._again |= {tile.name, *(f"{tile.row + down:05d}_{tile.col + right:05d}" for down, right in near)}
         note = {"failed": self.failed, "again": sorted(self._again)}
-        self._write("failed.json", json.dumps(note, indent=1).encode())
+        self._write("failed.json", json.dumps(note, indent=1))
 
     def _try_again(self) -> None:
         """Take tiles that failed, and those blended without them, for unfinished."""
@@ -179,15 +179,5 @@ class Parts:
     def _save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         self._write(name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
 
-    def _write(self, name: str, content: bytes) -> None:
-        write_whole(self.folder / name, content)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    def _write(self, name: str, content: str | bytes) -> None:
+        write_whole(self.folder / name, content, sync=True)

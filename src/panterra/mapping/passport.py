@@ -18,6 +18,7 @@ from odc.geo.geobox import GeoBox
 import panterra
 from panterra.energy import EnergyReport
 from panterra.energy.impact import impact_of
+from panterra.files import write_whole
 from panterra.imagery.grids import footprint
 from panterra.imagery.providers import licence_fields
 from panterra.imagery.stac import pixel_metres
@@ -80,9 +81,7 @@ def write_passport(
         item.add_asset(name, asset)
         if "classification:classes" in asset.extra_fields:
             item.stac_extensions.append(CLASSIFICATION)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(item.to_dict(include_self_link=False), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(item.to_dict(include_self_link=False), indent=1) + "\n")
     return item
 
 

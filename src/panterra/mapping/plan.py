@@ -28,8 +28,9 @@ from panterra.energy.meter import peak_memory_gb
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe
 from panterra.finetune.model import FineTuned
+from panterra.imagery.items import MASKS, SceneItem
 from panterra.imagery.raster import REMOTE, Bools, crs_for_rasterio
-from panterra.imagery.stac import MASKS, Scene, SceneItem, modality_grid, open_scene
+from panterra.imagery.stac import Scene, modality_grid, open_scene
 from panterra.imagery.wish import Plan as Wanted
 from panterra.mapping.areas import Area, read_area
 from panterra.mapping.effort import Speed, device_of, joined, known_speed, model_of, spread

@@ -10,7 +10,8 @@ from panterra.energy import EnergyReport, measure_energy
 from panterra.energy.impact import impact_of
 from panterra.energy.ledger import Note
 from panterra.errors import InputError
-from panterra.imagery.stac import Scene, SceneItem, modality_grid
+from panterra.imagery.items import SceneItem
+from panterra.imagery.stac import Scene, modality_grid
 from panterra.imagery.wish import Image, Plan
 from panterra.mapping.effort import Speed, joined, spread
 from panterra.mapping.sources import Encoding

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from panterra.files import write_whole
 from panterra.imagery.raster import Colour
 
 STYLE = Path(__file__).with_suffix(".css")
@@ -125,9 +126,7 @@ def write_document(path: Path, title: str, parts: Iterable[str], *, style: str =
         "\n</main>\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
+    return write_whole(path, text)
 
 
 def stretch(bands: Float[np.ndarray, "3 h w"], valid: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 4"]:

@@ -20,6 +20,7 @@ from panterra.energy import EnergyReport
 from panterra.energy.impact import Impact, impact_of
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe, load_probe
+from panterra.files import write_whole
 from panterra.finetune.model import FineTuned, is_finetuned, load_finetuned
 from panterra.imagery.stac import Scene, open_scene
 from panterra.mapping.areas import Area, Coverage, cut_store, lay_grid, parse_crs, read_area
@@ -32,7 +33,7 @@ from panterra.mapping.embeddings import (
     EmbeddingStore,
     open_embeddings,
 )
-from panterra.mapping.parts import Failure, IncompleteError, Parts, write_whole
+from panterra.mapping.parts import Failure, IncompleteError, Parts
 from panterra.mapping.passport import write_passport
 from panterra.mapping.seams import KEYS, PROPERTY, SeamScore, seam_score
 from panterra.mapping.sinks import Sink, embedding_sink, is_tif, map_asset, map_sink, tif_asset
@@ -422,7 +423,7 @@ def _standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
                 parts.remove()
             raise InputError(f"statistics of {', '.join(missing)} cannot be fitted to the scene: {error}") from error
         with parts.guard():
-            write_whole(saved, json.dumps(fitted).encode())
+            write_whole(saved, json.dumps(fitted), sync=True)
     work.encoder = encoder.with_statistics(json.loads(saved.read_text(encoding="utf-8")))
     work.about["model"] = work.origin["panterra:model"] = weights.passport(work.encoder)
 

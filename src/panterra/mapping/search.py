@@ -18,6 +18,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.windows import Window as FileWindow
 
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import pixel_metres
 from panterra.mapping.embeddings import Block, ground_of, lonlat_of
@@ -258,11 +259,9 @@ def write_found(path: Path, found: Found, stores: Sequence[Vectors], about: Mapp
         }
         for rank, (score, source, row, col, (lon, lat)) in enumerate(zip(*found.columns(), strict=True), start=1)
     ]
-    temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"type": "FeatureCollection", "panterra:search": about, "features": features}
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _period(store: Vectors) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from panterra.errors import InputError
+from panterra.files import unfinished, write_whole
 from panterra.mapping.embeddings import Block
 from panterra.mapping.passport import checksum
 from panterra.mapping.search_query import Vectors
@@ -114,7 +115,9 @@ def build_index(
             raise InputError(f"{store.path} holds no data to index")
         _write_index(_trained(sample, lists), work / "trained.faiss")
         np.save(work / "queries.npy", sample[np.linspace(0, len(sample) - 1, CHECKED).astype(int)])
-        _write_text(note, json.dumps(job))
+        write_whole(note, json.dumps(job))
+    for leftover in work.glob("*.tmp"):
+        leftover.unlink()
     _add_parts(store, work, part_vectors, total, progress)
     parts = sorted(path.name for path in work.glob("part_*.faiss"))
     about = {
@@ -129,7 +132,7 @@ def build_index(
     }
     queries = np.load(work / "queries.npy")
     about |= _choose_probes(store, _load(work, about), queries, _exact_neighbours(store, queries), recall)
-    _write_text(work / "index.json", json.dumps(about, indent=1))
+    write_whole(work / "index.json", json.dumps(about, indent=1))
     for leftover in (note, work / "trained.faiss", work / "queries.npy"):
         leftover.unlink()
     shutil.rmtree(folder, ignore_errors=True)
@@ -244,12 +247,5 @@ def _fingerprint(path: Path) -> str:
 def _write_index(index: Any, path: Path) -> None:
     import faiss
 
-    temporary = path.with_name(f"{path.name}.tmp")
-    faiss.write_index(index, str(temporary))
-    temporary.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with unfinished(path) as temporary:
+        faiss.write_index(index, str(temporary))

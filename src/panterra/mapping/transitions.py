@@ -18,6 +18,7 @@ from odc.geo.geobox import GeoBox
 from panterra.energy import measure_energy
 from panterra.errors import InputError
 from panterra.evaluate.area import BLOCK_PX, MAX_CLASSES, class_areas, ground_hectares, read_classes
+from panterra.files import unfinished
 from panterra.imagery.raster import CogWriter, Colour, grid_of, read_legend
 from panterra.mapping.passport import write_passport
 
@@ -197,12 +198,10 @@ def _write(
 
 
 def _write_table(path: Path, rows: tuple[Transition, ...]) -> None:
-    fresh = path.with_name(f".{path.name}.tmp")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    with unfinished(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(("code", "before", "after", "pixels", "hectares"))
         table.writerows((row.code, row.before, row.after, row.pixels, f"{row.hectares:.4f}") for row in rows)
-    fresh.replace(path)
 
 
 def _dates(path: Path) -> list[dt.date]:

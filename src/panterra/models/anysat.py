@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.anysat_attention import Combiner, Layout, PatchBlock, PatchEncoder, buckets, fusion_block, places
+from panterra.models.anysat_attention import (
+    Combiner,
+    Layout,
+    PatchBlock,
+    PatchEncoder,
+    buckets,
+    check_width,
+    fusion_block,
+    places,
+)
 from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector
 from panterra.models.anysat_sensors import (
     CELL_M,
@@ -43,7 +52,7 @@ class AnySatConfig:
     """What an AnySat encoder is made of."""
 
     dim: int
-    """A multiple of 32."""
+    """A multiple of 32 and of the heads."""
     depth: int
     """Blocks inside a patch, and as many between patches."""
     heads: int
@@ -123,6 +132,8 @@ class AnySat(nn.Module):
         statistics: Mapping[str, Statistics] | None = None,
     ) -> None:
         super().__init__()
+        if config.sensors:  # whose projectors group channels; blocks alone take any width that heads divide
+            check_width(config.dim, config.heads, "encoder")
         self.name, self.missing, self.normalized_input = name, missing, normalized_input
         self.licence: str | None = None
         self.statistics = dict(statistics or {})
@@ -149,6 +160,17 @@ class AnySat(nn.Module):
         """The rows of `MODALITIES` it takes, those without which AnySat is rarely used first."""
         rows = [m for sensor in self.config.sensors for m in sensor.modalities if m in MODALITIES]
         return tuple(sorted(rows, key=lambda m: PREFERRED.index(m) if m in PREFERRED else len(PREFERRED)))
+
+    @property
+    def dense_dim(self) -> int:
+        """Width of a sub-patch's vector, which begins with that of its patch."""
+        return 2 * self.dim
+
+    def sub_patches_m(self, patch_m: float) -> dict[str, float]:
+        """Give the side of the sub-patches in metres, for each modality that has them, in order of preference."""
+        scale = whole_cells(patch_m)
+        sensors = {m: sensor_of(m, self.sensors) for m in self.modalities}
+        return {m: patch_m / s.side(scale) for m, s in sensors.items() if s is not None and not s.whole}
 
     def forward(
         self,
@@ -296,7 +318,8 @@ class AnySat(nn.Module):
     def encode(self, batch: Batch, *, patch_m: float, dense: bool | str = False) -> Features:
         """Embed a batch in declared units, with patches of any multiple of 10 m.
 
-        `dense` adds a vector for each sub-patch of the sensor with the smallest ones, or of the modality it names.
+        `dense` adds a vector for each sub-patch of the modality it names, or of the one with the smallest; of several,
+        the one it prefers.
         Where a tile is not a whole number of patches, or a sensor has no statistics, InputError says what to do.
         """
         chosen = self._sensors_of(batch)
@@ -309,7 +332,8 @@ class AnySat(nn.Module):
             able = {m: s for m, s in chosen.items() if not s.whole}
             if not able or (isinstance(dense, str) and dense not in able):
                 raise InputError(f"dense features need one of {', '.join(able) or 'the sensors with an extent'}")
-            fine = able[dense] if isinstance(dense, str) else max(able.values(), key=lambda s: s.side(scale))
+            finest = max((m for m in self.modalities if m in able), key=lambda m: able[m].side(scale))
+            fine = able[dense if isinstance(dense, str) else finest]
         published = self.missing == "published"
         out = self(inputs, scale=scale, dense=fine and fine.name, published_order=published)
         return self._features(out, inputs, patch_m)
@@ -364,10 +388,7 @@ class AnySat(nn.Module):
         wrong = [m for m, s in chosen.items() if not s.whole and abs(MODALITIES[m].gsd - batch.pixel_m) > 1e-6]
         if abs(batch.pixel_m - CELL_M) > 1e-6 and wrong:
             raise InputError(f"the batch has pixels of {batch.pixel_m:g} m; AnySat wants a grid of 10 m, resample it")
-        scale = round(patch_m / CELL_M)
-        if scale < 1 or abs(scale * CELL_M - patch_m) > 1e-6:
-            raise InputError(f"patch_m is {patch_m:g}; AnySat takes multiples of 10 m")
-        return scale
+        return whole_cells(patch_m)
 
     def _sensors_of(self, batch: Batch) -> dict[str, Sensor]:
         chosen: dict[str, Sensor] = {}
@@ -426,6 +447,14 @@ class AnySat(nn.Module):
         frame = valid.flatten(2).any(2)
         present = (valid | ~frame[:, :, None, None])[:, :, None].expand_as(values)
         return Input(values=values, days=torch.where(frame, days, 0), present=present)
+
+
+def whole_cells(patch_m: float) -> int:
+    """Count the 10 m squares along a patch's side. Raises InputError."""
+    scale = round(patch_m / CELL_M)
+    if scale < 1 or abs(scale * CELL_M - patch_m) > 1e-6:
+        raise InputError(f"patch_m is {patch_m:g}; AnySat takes multiples of 10 m")
+    return scale
 
 
 PREFERRED = ("sentinel2_l2a", "sentinel1", "landsat")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from panterra.errors import InputError
 from panterra.models.layers import MLP, ROWS, Attention, Block, works_in_place
 
 Layout = Literal["tokens", "heads"]
@@ -21,6 +22,12 @@ what the published code computes where it runs with flash attention."""
 BUCKETS = 8
 PLACELESS = 7
 """The bucket of whatever has no place: the class token and a sensor that sees the whole tile."""
+
+
+def check_width(dim: int, heads: int, part: str) -> None:
+    """Refuse a width that codes, groups of channels or heads do not divide. Raises InputError."""
+    if min(dim, heads) < 1 or dim % 32 or dim % heads:
+        raise InputError(f"a width of {dim} with {heads} heads in the {part}; take a multiple of 32 and of the heads")
 
 
 @lru_cache(maxsize=256)

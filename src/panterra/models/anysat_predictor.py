@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from panterra.models.anysat_attention import Layout, fusion_block
+from panterra.models.anysat_attention import Layout, check_width, fusion_block
 from panterra.models.layers import Block
 
 
@@ -30,6 +30,7 @@ class AnySatPredictor(nn.Module):
 
     def __init__(self, config: AnySatPredictorConfig, encoder_dim: int) -> None:
         super().__init__()
+        check_width(config.dim, config.heads, "predictor")
         self.config = config
         self.input = nn.Linear(encoder_dim, config.dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))

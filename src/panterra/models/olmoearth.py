@@ -100,6 +100,14 @@ class OlmoEarthConfig:
         return self.band_sets.get(modality, V1_BAND_SETS.get(modality, whole))
 
 
+def check_width(config: OlmoEarthConfig) -> None:
+    """Refuse a width that the quarters of the encodings or the heads do not divide. Raises InputError."""
+    dim, heads, turned = config.dim, config.heads, config.position.startswith("rope")
+    if min(dim, heads) < 1 or dim % 16 or dim % (4 * heads if turned else heads):
+        each = "4 per head" if turned else "the heads"
+        raise InputError(f"a width of {dim} with {heads} heads; take a multiple of 16 and of {each}")
+
+
 SIZES = {
     "nano": {"dim": 128, "depth": 4, "heads": 8},
     "tiny": {"dim": 192, "depth": 12, "heads": 3},
@@ -319,6 +327,7 @@ class OlmoEarth(nn.Module):
         align_days: int = 15,
     ) -> None:
         super().__init__()
+        check_width(config)
         self.config, self.name = config, name
         self.licence: str | None = None
         self.attention, self.normalized_input, self.align_days = attention, normalized_input, align_days

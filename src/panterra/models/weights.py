@@ -28,6 +28,7 @@ from panterra.models.exported import FORMAT as EXPORT_FORMAT
 from panterra.models.exported import Exported, open_exported
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
+from panterra.models.sub_patches import SubPatches
 
 OLMOEARTH_LICENCE = "OlmoEarth Artifact License"
 OLMOEARTH_TERMS = (
@@ -113,7 +114,21 @@ _ANYSAT = {
     for size, parameters in _ANYSAT_PARAMETERS.items()
 }
 
-MODELS: dict[str, ModelCard] = {**_OLMOEARTH, **_ANYSAT}
+_OURS = {
+    "panterra-nano": ModelCard(
+        name="panterra-nano",
+        family="olmoearth-v1.2",
+        size="nano",
+        dim=128,
+        parameters=1_106_736,
+        address=None,
+        licence="Apache-2.0",
+        terms=PANTERRA_TERMS,
+        packaged=True,
+    )
+}
+
+MODELS: dict[str, ModelCard] = {**_OURS, **_OLMOEARTH, **_ANYSAT}
 _PUBLISHED = {card.address.lower(): card for card in MODELS.values() if card.address}
 
 
@@ -151,6 +166,8 @@ def load_model(
         return _ready_adapter(open_adapter(name.lower(), random=random), device, dtype, normalized_input)
     if random is not None:
         model = _random(name, random)
+    elif name in _OURS:
+        model = _from_folder(packaged_folder(name), name=name)
     elif Path(name).is_dir():
         model = _from_folder(Path(name))
     elif Path(name).is_file():
@@ -205,6 +222,9 @@ def save_model(model: Model, folder: Path | str, *, dtype: torch.dtype | None = 
 
 def passport(model: Encoder) -> dict[str, Any]:
     """Say which model this is and whatever of its set-up changes results: checksum, licence, source, precision."""
+    if isinstance(model, SubPatches):
+        cut = {"sub_patches": model.modality, "sub_patches_of_m": model.patch_m}
+        return {**passport(model.encoder), "name": model.name, "dim": model.dim, **cut}
     about: dict[str, Any] = {"name": model.name, "dim": model.dim}
     if isinstance(model, Exported):
         about |= model.about

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,13 @@ class JEPAConfig:
     contrast_weight: float = 1.0
     """Of the contrast between sensors; 0 leaves it out."""
     contrast_temperature: float = 0.1
+    targets: Literal["normalised", "standardised"] = "normalised"
+    """What the teacher makes of a patch, each vector normalised by itself (AnySat), or each channel over the samples.
+
+    The latter are not alike for all samples, whatever the teacher does.
+    """
+    dropped: Literal["masked", "hidden"] = "masked"
+    """What becomes of the context's tokens that the student does without: masked tokens (AnySat), or nothing."""
     published: bool = False
     """Do as the published code where it departs from the paper.
 
@@ -157,7 +164,12 @@ class JEPA(nn.Module):
     def targets(self, tiles: MaskedTiles) -> Float[Tensor, "s b n d"]:
         """Give what the teacher, who sees everything, makes of the patches to predict, normalised."""
         patches = self.teacher(tiles.inputs, scale=tiles.grid.scale).patches.flatten(1, 2)
-        patches = F.layer_norm(patches, patches.shape[-1:])
+        if self.config.targets == "standardised":
+            if len(patches) < 2:
+                raise InputError("one sample has nothing to be standardised over; give two or more a micro-batch")
+            patches = standardise_channels(patches)
+        else:
+            patches = F.layer_norm(patches, patches.shape[-1:])
         return torch.stack([take(patches, index) for index in tiles.masks.targets])
 
     def look(self, tiles: MaskedTiles) -> Seen:
@@ -173,12 +185,14 @@ class JEPA(nn.Module):
         sensors, patches = len(embedded.tokens), len(place)
         rows = self._rows(tiles.masks.context, sensors, patches, bool(embedded.whole.shape[1]))
         selected = take(torch.cat([x + place for x in embedded.tokens.values()], dim=1), rows)
-        kept, visible = tiles.kept, embedded.seen()
+        kept, visible, whole = tiles.kept, embedded.seen(), embedded.whole.shape[1]
         if visible is not None:
-            whole = embedded.whole.shape[1]
             # A token without data becomes the masked token, which is there to be seen, like those that were dropped.
             kept = kept & visible[:, whole:].gather(1, rows)
             visible = torch.cat([visible[:, :whole], torch.ones_like(kept)], dim=1)
+        if self.config.dropped == "hidden":
+            whole_seen = kept.new_ones(len(kept), whole) if visible is None else visible[:, :whole]
+            visible = torch.cat([whole_seen, kept], dim=1)
         given = torch.where(kept[..., None], selected, self.masked_token.to(selected.dtype))
         encoded = self.encoder.combine(
             given,
@@ -228,6 +242,12 @@ class JEPA(nn.Module):
 def take(x: Float[Tensor, "b p d"], index: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
     """Pick patches of each sample."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def standardise_channels(x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
+    """Take from each place what samples have in common there, and bring each channel to unit variance."""
+    centred = x - x.mean(0)
+    return centred / (centred.square().mean((0, 1)) + 1e-6).sqrt()
 
 
 def place_before(table: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:

@@ -20,7 +20,7 @@ from panterra.models.anysat_projectors import Grid, Input
 from panterra.models.anysat_sensors import SENSORS, Sensor, day_of_year, read_channels, sensor_of, to_pixel_size
 from panterra.models.anysat_statistics import Statistics
 from panterra.objectives.jepa import MaskedTiles, some_dates
-from panterra.objectives.jepa_masks import BlockMasking, Dates, Masking, draw_dates, draw_scale, draw_tokens
+from panterra.objectives.jepa_masks import BlockMasking, Dates, Masking, draw_dates, draw_scale, draw_tokens, leave_one
 from panterra.sample import Batch
 
 Sample = Mapping[str, Tensor] | Batch | LabelledSample
@@ -79,6 +79,7 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
         micro_batch: int | None = None,
         epoch_steps: int | None = None,
         modality_dropout: float = 0.5,
+        lone_sensors: float = 0.0,
         date_dropout: float = 0.5,
         statistics: Mapping[str, Mapping[str, Statistics]] | None = None,
         sensors: Mapping[str, Sensor] = SENSORS,
@@ -87,8 +88,8 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
         """Mix data sets, given the samples and, for those in declared units, the statistics of each source by name.
 
         A batch is cut into micro-batches of at most `micro_batch` samples, each masked by itself, with longer contexts
-        the smaller they are. Masks are blocks unless told otherwise. `published` takes padded dates for data, zeros on
-        day 0. Raises InputError.
+        the smaller they are. Masks are blocks unless told otherwise. Of the share `lone_sensors` of samples the student
+        sees one sensor alone. `published` takes padded dates for data, zeros on day 0. Raises InputError.
         """
         lost = [source.name for source in sources if source.name not in samples]
         if lost or not sources:
@@ -100,6 +101,7 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
         self.seed, self.rank, self.world = seed, rank, world
         self.masking, self.micro_batch = masking or BlockMasking(), micro_batch
         self.modality_dropout, self.date_dropout = modality_dropout, date_dropout
+        self.lone_sensors = lone_sensors
         self.statistics, self.sensors, self.published = statistics or {}, sensors, published
         self.counts = tuple(len(samples[source.name]) // (source.batch * world) for source in sources)
         """Steps that each data set lasts."""
@@ -136,11 +138,15 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
             for name, given in inputs.items()
             if self.sensors[name].dated
         }
+        positions = masks.context.shape[1]
+        kept = draw_tokens(len(extent), positions, batch, own, dropped=self.modality_dropout)
+        if self.lone_sensors:
+            kept = leave_one(kept, len(extent), own, share=self.lone_sensors)
         return MaskedTiles(
             inputs=inputs,
             grid=Grid(rows=side, cols=side, scale=scale),
             masks=masks,
-            kept=draw_tokens(len(extent), masks.context.shape[1], batch, own, dropped=self.modality_dropout),
+            kept=kept,
             dates=dates,
         )
 

@@ -181,6 +181,14 @@ def draw_tokens(
     return keep_tokens(modality, noise, dropped=dropped)
 
 
+def leave_one(kept: Bool[Tensor, "b n"], modalities: int, generator: Generator, *, share: float) -> Bool[Tensor, "b n"]:
+    """Of this share of samples, drawn one by one, keep the tokens of one modality, all of them, and no others."""
+    batch, tokens = kept.shape
+    alone = torch.rand(batch, 1, generator=generator) < share
+    modality = torch.randint(modalities, (batch, 1), generator=generator)
+    return torch.where(alone, torch.arange(tokens) // (tokens // modalities) == modality, kept)
+
+
 def draw_dates(present: Bool[Tensor, "b t"], generator: Generator, *, dropped: float = 0.5) -> Dates:
     """Draw which of each sample's present dates stay, in random order; at least one, of any if none is present."""
     counts = (present.sum(1) * (1 - dropped)).long().clamp(min=1)

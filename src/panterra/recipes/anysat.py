@@ -68,7 +68,12 @@ class AnySatRecipe:
     masking: Literal["blocks", "naive"] = "blocks"
     modality_dropout: float = 0.5
     """Share of the context's tokens that the student does without, besides one sensor kept at each position."""
+    lone_sensors: float = 0.0
+    """Share of samples of which the student sees one sensor alone."""
     date_dropout: float = 0.5
+    targets: Literal["normalised", "standardised"] = "normalised"
+    dropped: Literal["masked", "hidden"] = "masked"
+    """See `JEPAConfig`."""
     prediction_weight: float = 1.0
     contrast_weight: float = 1.0
     contrast_temperature: float = 0.1
@@ -78,6 +83,7 @@ class AnySatRecipe:
     """Of the moving average by which the teacher follows the student."""
     momentum_end: float = 1.0
 
+    method: Literal["adamw", "muon"] = "adamw"
     lr: float = 5e-5
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -109,6 +115,8 @@ class AnySatRecipe:
             prediction_weight=self.prediction_weight,
             contrast_weight=self.contrast_weight,
             contrast_temperature=self.contrast_temperature,
+            targets=self.targets,
+            dropped=self.dropped,
             published=self.published,
         )
 
@@ -138,6 +146,7 @@ def run_from(
         masking=BlockMasking() if recipe.masking == "blocks" else NaiveMasking(),
         micro_batch=recipe.micro_batch,
         modality_dropout=recipe.modality_dropout,
+        lone_sensors=recipe.lone_sensors,
         date_dropout=recipe.date_dropout,
         statistics=statistics,
         sensors={sensor.name: sensor for sensor in recipe.encoder.sensors},
@@ -173,6 +182,7 @@ def run_from(
         objective=lambda: JEPA(recipe.objective),
         batches=batches,
         optimisation=Optimisation(
+            method=recipe.method,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             steps=steps,

@@ -14,6 +14,7 @@ from torch import nn
 from panterra import __version__
 from panterra.data.olmoearth_h5 import Corpus, PretrainingBatches, read_tile_px
 from panterra.errors import InputError
+from panterra.files import write_whole
 from panterra.models.normalize import normalize_olmoearth
 from panterra.models.weights import save_model
 from panterra.objectives.latent_mim import LatentMIM, Views
@@ -209,10 +210,7 @@ def write_card(
             f"{result.kwh:.3g} kWh{co2e}; loss of the last step {result.loss:.4g}.",
         ]
     lines += ["", "## Settings", "", "```json", json.dumps(asdict(recipe), indent=1), "```", ""]
-    path = folder / "README.md"
-    part = path.with_suffix(".part")
-    part.write_text("\n".join(lines), encoding="utf-8")
-    return part.replace(path)
+    return write_whole(folder / "README.md", "\n".join(lines))
 
 
 def _role(recipe: OlmoEarthRecipe, modality: str) -> str:

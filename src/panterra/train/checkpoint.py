@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from panterra.files import write_whole
+
 FACTS = "facts.json"
 
 
@@ -82,12 +84,7 @@ def load(path: Path, objective: nn.Module, optimisers: Sequence[torch.optim.Opti
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either as it was or complete."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False), sync=True)
 
 
 def discard(path: Path) -> None:

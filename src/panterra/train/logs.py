@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from panterra.errors import InputError
+from panterra.files import write_whole
 
 LOG_FILE = "log.jsonl"
 Progress = Callable[[int, int, float], None]
@@ -35,9 +36,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         """Open a log that goes on after `step`: lines beyond it, or cut off by a kill, go."""
         lines = path.read_bytes().splitlines(keepends=True) if step and path.exists() else []
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(b"".join(line for line in lines if _belongs(line, step)))
-        part.replace(path)
+        write_whole(path, b"".join(line for line in lines if _belongs(line, step)))
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,0 +1,157 @@
+"""How the published evaluations fine-tune on each benchmark: OlmoEarth's batches, AnySat's table of experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+RATES = (1e-4, 5e-4, 1e-3)
+"""Of which OlmoEarth's fine-tuning keeps the one that validates best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OlmoEarthTuning:
+    """A row of OlmoEarth's table of fine-tuning tasks."""
+
+    batch: int = 8
+    """Of data sets that are not in the table: that of their probes."""
+    accumulate: int = 1
+    """How many batches make one step."""
+    patch_px: int | None = None
+    """None: that of the frozen evaluation."""
+
+
+_LARGE = OlmoEarthTuning(batch=2)
+
+OLMOEARTH_TUNING: Mapping[str, OlmoEarthTuning] = {
+    "m_eurosat": OlmoEarthTuning(batch=64),
+    "m_bigearthnet": OlmoEarthTuning(batch=16),
+    "m_so2sat": OlmoEarthTuning(batch=16),
+    "m_brick_kiln": OlmoEarthTuning(batch=64),
+    "m_forestnet": OlmoEarthTuning(batch=4),
+    "m_sa_crop_type": OlmoEarthTuning(batch=8),
+    "m_cashew_plant": OlmoEarthTuning(batch=4, patch_px=16),
+    "mados": OlmoEarthTuning(batch=16),
+    "sen1floods11": OlmoEarthTuning(batch=32),
+    "sen1floods11_tiles": OlmoEarthTuning(batch=32),
+    "pastis": OlmoEarthTuning(batch=16),
+    **dict.fromkeys(
+        (
+            "gb2_benv2",
+            "gb2_treesatai",
+            "gb2_cloudsen12",
+            "gb2_spacenet2",
+            "gb2_spacenet7",
+            "gb2_flair2",
+            "gb2_caffe",
+            "gb2_kuro_siwo",
+        ),
+        _LARGE,
+    ),
+    "gb2_biomassters": OlmoEarthTuning(batch=2, accumulate=4),
+    "gb2_burn_scars": OlmoEarthTuning(batch=2, accumulate=4),
+    "gb2_fotw": OlmoEarthTuning(batch=4),
+}
+"""By data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnySatRun:
+    """How one experiment of AnySat's table is trained."""
+
+    rate: float = 5e-5
+    weight_decay: float = 0.0
+    schedule: Literal["plateau", "epoch_cosine"] = "plateau"
+    epochs: int = 200
+    head: Literal["linear", "batch_mlp"] = "linear"
+    """Of the tile's vector; pixels have the linear one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnySatTuning:
+    """A row of AnySat's table of experiments whose encoders are trained."""
+
+    metric: str | None = None
+    """None: what the kind of task has by default."""
+    batch: int = 8
+    modalities: tuple[str, ...] | None = None
+    patch_m: float | None = None
+    dense: str | None = None
+    """The modality whose sub-patches are read for pixels."""
+    full: AnySatRun = AnySatRun()
+    """All weights, from the pretrained ones."""
+    scratch: AnySatRun = AnySatRun()
+    """All weights, drawn at random."""
+    projector: AnySatRun = AnySatRun()
+    """Projectors and head."""
+    last_class_counts: bool = True
+    """Whether the last class is learned and scored."""
+    crops: tuple[tuple[int, int], ...] = ()
+    """Where crops of a test image begin whose answers are averaged, in pixels of the labels."""
+
+
+_COSINE = AnySatRun(schedule="epoch_cosine")
+_MLP = replace(_COSINE, head="batch_mlp")
+
+ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
+    "treesatai_ts": AnySatTuning(
+        metric="weighted_f1",
+        batch=256,
+        modalities=("aerial", "sentinel2_l2a", "sentinel1_ascending"),
+        patch_m=10,
+        full=_COSINE,
+        scratch=_MLP,
+    ),
+    "pastis_hd": AnySatTuning(
+        metric="mean_iou",
+        batch=4,
+        modalities=("spot", "sentinel2_l2a", "sentinel1"),
+        patch_m=40,
+        dense="sentinel2_l2a",
+        scratch=AnySatRun(rate=2e-4),
+    ),
+    "flair": AnySatTuning(
+        metric="iou_but_last",
+        batch=32,
+        modalities=("aerial_flair", "sentinel2_l2a"),
+        patch_m=10,
+        dense="aerial_flair",
+        full=AnySatRun(weight_decay=1e-2),
+        last_class_counts=False,
+        crops=((0, 0), (0, 12), (12, 0), (12, 12), (6, 6)),
+    ),
+    "planted": AnySatTuning(
+        metric="macro_f1",
+        batch=64,
+        modalities=("sentinel2", "sentinel1", "landsat7", "alos2", "modis"),
+        patch_m=30,
+        full=AnySatRun(weight_decay=1e-4),
+        scratch=_MLP,
+    ),
+    "bradd_s1ts": AnySatTuning(metric="mean_iou", modalities=("sentinel1",), patch_m=40, dense="sentinel1"),
+    "sickle": AnySatTuning(
+        metric="mean_iou",
+        batch=12,
+        modalities=("landsat", "sentinel2_l2a", "sentinel1"),
+        patch_m=10,
+        dense="sentinel2_l2a",
+    ),
+    "timesen2crop": AnySatTuning(
+        metric="accuracy",
+        batch=2048,
+        modalities=("sentinel2_l2a",),
+        patch_m=10,
+        full=replace(_COSINE, epochs=100),
+    ),
+    "hls_burn_scars": AnySatTuning(
+        metric="mean_iou",
+        batch=4,
+        modalities=("hls",),
+        patch_m=240,
+        dense="hls",
+        projector=AnySatRun(rate=2e-4),
+    ),
+    "spacenet7": AnySatTuning(metric="mean_iou", modalities=("planet",), patch_m=40, dense="planet"),
+}
+"""By data set; others are trained like most of these. Classes of PASTIS-HD's void are no labels here."""

@@ -1,0 +1,238 @@
+"""Fine-tuning as the papers do it: schedules, heads and what is averaged, against plain torch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from panterra.errors import InputError
+from panterra.evaluate.anysat_protocol import merge_crops
+from panterra.evaluate.scoring import FIGURES, sums_of
+from panterra.finetune.arrays import examples_from_arrays
+from panterra.finetune.augment import NONE
+from panterra.finetune.heads import HeadConfig, build_head
+from panterra.finetune.run import fit
+from panterra.finetune.step import Plateau, Tuning
+from panterra.models.features import Features
+from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
+from panterra.sample import collate
+
+
+@pytest.mark.parametrize(("factor", "patience", "cooldown"), [(0.2, 2, 10), (0.1, 10, 0), (0.5, 0, 1)])
+def test_rates_fall_as_torchs_plateau_has_them(factor, patience, cooldown):
+    figures = np.random.default_rng(0).normal(0.5, 0.1, 60).round(2).tolist()
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimiser, "max", factor=factor, patience=patience, cooldown=cooldown, eps=0
+    )
+    ours = Plateau(factor=factor, patience=patience, cooldown=cooldown)
+    for n, value in enumerate(figures, start=1):
+        theirs.step(value)
+        assert ours.share(figures[:n]) == pytest.approx(optimiser.param_groups[0]["lr"])
+    assert ours.share([]) == 1.0
+
+
+def features(rows=3, dim=8):
+    torch.manual_seed(1)
+    valid = torch.ones(2, rows, rows, dtype=torch.bool)
+    valid[0, 0, 0] = False
+    patches = torch.randn(2, rows, rows, dim) * valid[..., None]
+    return Features(patches=patches, summary=torch.randn(2, dim), valid=valid, patch_m=40)
+
+
+def head_of(kind, **options):
+    return build_head(HeadConfig(kind=kind, **({"dense": True, "dim": 8, "outputs": 5} | options)))
+
+
+def test_the_decoder_repeats_and_convolves():
+    head, given = head_of("nearest", side=4), features()
+    assert sum(isinstance(m, nn.Conv2d) for m in head.modules()) == 4
+    assert not any(isinstance(m, nn.LayerNorm) for m in head.modules())
+    x = given.patches.movedim(-1, 1)
+    first, second, third = head.steps
+    x = F.relu(first(x))
+    for step in (second, third):
+        x = F.relu(step(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
+    torch.testing.assert_close(head(given), head.scores(x))
+    with pytest.raises(InputError, match="a patch of 6 cells is no power of two"):
+        head_of("nearest", side=6)
+
+
+def test_plain_heads_are_one_linear_map():
+    given = features()
+    scene = head_of("plain", dense=False)
+    torch.testing.assert_close(scene(given), scene.layers(given.summary))
+    assert [tuple(p.shape) for p in head_of("plain", side=4).parameters()] == [(80, 8), (80,)]
+    smooth = head_of("plain", side=4, outputs=1, smooth=True)
+    coarse = smooth.layers(given.patches).movedim(-1, 1)
+    wanted = F.interpolate(coarse, size=(12, 12), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(smooth(given), wanted)
+
+
+def test_pooled_heads_leave_out_what_had_no_data():
+    given = features()
+    seen = given.patches[0].reshape(-1, 8)[1:]
+    for kind, pooled in (("mean", seen.mean(0)), ("max", seen.amax(0))):
+        head = head_of(kind, dense=False)
+        torch.testing.assert_close(head(given)[0], head.layers(pooled))
+    mlp = head_of("batch_mlp", dense=False)
+    assert [type(layer).__name__ for layer in mlp.layers][:4] == ["LayerNorm", "Linear", "BatchNorm1d", "GELU"]
+    assert mlp(given).shape == (2, 5)
+
+
+# Training
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    targets = np.arange(18) % 3
+    pixels = rng.normal(1000, 300, (18, 12, 8, 8)) + 500 * targets[:, None, None, None]
+    return examples_from_arrays(
+        {"sentinel2_l2a": pixels},
+        targets,
+        dates={"sentinel2_l2a": ["2023-06-01"]},
+        parts=["train"] * 10 + ["val"] * 4 + ["test"] * 4,
+    )
+
+
+def encoder(drop_path=0.0):
+    torch.manual_seed(0)
+    config = OlmoEarthConfig(
+        dim=32, depth=1, heads=2, position="rope_3d_mixed", pixel_hidden=(8,), convolution=False, drop_path=drop_path
+    )
+    return OlmoEarth(config, name="small").eval().requires_grad_(False)
+
+
+PUBLISHED = Tuning(
+    epochs=5,
+    batch_size=4,
+    lr=1e-3,
+    encoder_lr=1e-3,
+    layer_decay=1.0,
+    head_first=1,
+    after_head=0.1,
+    frozen_drop_path=True,
+    weight_decay=0.01,
+    decay_all=True,
+    schedule=Plateau(factor=0.2, patience=0, cooldown=0),
+    clip_norm=None,
+    patience=5,
+    augmentation=NONE,
+)
+
+
+def test_training_is_the_plain_loop(tmp_path):
+    examples = arrays()
+    model, state = fit(examples, encoder(), tmp_path / "fit", head="plain", patch_m=40, tuning=PUBLISHED, device="cpu")
+    # The same, written down.
+    theirs, ours = encoder().train(), nn.Linear(32, 3)
+    torch.manual_seed(PUBLISHED.seed)
+    ours.load_state_dict(nn.Linear(32, 3).state_dict())
+    moving = [p for name, p in theirs.named_parameters() if not name.endswith("encodings.month")]
+    optimiser = torch.optim.AdamW([*ours.parameters(), *moving], lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, "max", factor=0.2, patience=0)
+
+    def scores_of(index):
+        batch = collate([examples[int(i)].batch for i in index])
+        return ours(theirs.encode(batch, patch_m=40).summary), torch.cat([examples[int(i)].target for i in index])
+
+    best, kept = -1.0, None
+    for epoch in range(5):
+        for p in moving:
+            p.requires_grad_(epoch > 0)
+        if epoch == 1:
+            optimiser.param_groups[0]["lr"] *= 0.1
+        theirs.train()
+        order = np.random.default_rng([42, epoch]).permutation(examples.of("train"))
+        for index in np.split(order, [4, 8]):
+            loss = F.cross_entropy(*scores_of(index))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        theirs.eval()
+        with torch.no_grad():
+            said, truth = scores_of(examples.of("val"))
+        counts = np.bincount(truth * 3 + said.argmax(1), minlength=9).reshape(3, 3)
+        value = examples.task.figure("macro_f1", counts[None])
+        schedule.step(value)
+        if value > best:
+            best, best_epoch = value, epoch + 1
+            kept = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    assert (state.best, state.best_epoch) == (pytest.approx(best), best_epoch)
+    for name, p in model.encoder.named_parameters():
+        torch.testing.assert_close(p, kept[name], rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_make_the_same_step(tmp_path):
+
+    tuning = replace(PUBLISHED, epochs=2, batch_size=10, clip_norm=None)
+    found = []
+    for parts in (1, 2):
+        model, _ = fit(
+            arrays(),
+            encoder(),
+            tmp_path / str(parts),
+            head="plain",
+            patch_m=40,
+            tuning=replace(tuning, accumulate=parts),
+            device="cpu",
+        )
+        found.append(model.head.layers.weight)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_remembers_over_a_stop(tmp_path):
+
+    tuning = replace(PUBLISHED, epochs=3, drop_last=True, schedule="epoch_cosine")
+    call = {"head": "batch_mlp", "patch_m": 40, "tuning": tuning, "device": "cpu"}
+    whole, _ = fit(arrays(), encoder(), tmp_path / "whole", **call)
+    seen = []
+
+    def stop(done, total, rate):
+        seen.append((done, total))
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(arrays(), encoder(), tmp_path / "stopped", **call, progress=stop)
+    again, _ = fit(arrays(), encoder(), tmp_path / "stopped", **call)
+    # Ten samples in batches of four make two steps, the rest is left out.
+    assert seen[-1] == (5, 6)
+    for name, value in whole.head.state_dict().items():
+        torch.testing.assert_close(again.head.state_dict()[name], value, rtol=0, atol=0)
+    assert int(again.head.layers[2].num_batches_tracked) > 0
+
+
+# Scores
+
+
+def test_overlapping_crops_say_what_the_published_sum_says():
+    torch.manual_seed(0)
+    places = ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1))
+    outputs = torch.randn(5, 3, 8, 8)
+    merged = merge_crops(outputs, places, 10)
+    total = torch.zeros(3, 10, 10)
+    for crop, (row, col) in zip(outputs, places, strict=True):
+        total[:, row : row + 8, col : col + 8] += crop
+    assert (merged.argmax(0) == total.argmax(0)).all()
+    torch.testing.assert_close(merged[:, 0, 0], outputs[0, :, 0, 0])
+    torch.testing.assert_close(
+        merged[:, 5, 5], torch.stack([o[:, 5 - r, 5 - c] for o, (r, c) in zip(outputs, places, strict=True)]).mean(0)
+    )
+
+
+def test_weighted_f1_and_iou_but_the_last_class():
+    from sklearn.metrics import f1_score, jaccard_score
+
+    rng = np.random.default_rng(0)
+    truth, said = rng.random((40, 4)) > 0.6, rng.random((40, 4)) > 0.5
+    sums = sums_of("multilabel", said, truth.astype(np.float32), classes=4).sum(0)
+    assert FIGURES["multilabel"]["weighted_f1"](sums) == pytest.approx(f1_score(truth, said, average="weighted"))
+    codes, guesses = rng.integers(0, 4, (1, 500)), rng.integers(0, 4, (1, 500))
+    counts = sums_of("segmentation", guesses, codes, classes=4).sum(0)
+    kept = (codes < 3) & (guesses < 3)
+    wanted = jaccard_score(codes[kept], guesses[kept], average="macro")
+    assert FIGURES["segmentation"]["iou_but_last"](counts) == pytest.approx(wanted)
