@@ -1,6 +1,19 @@
+import pytest
 import torch
 
-from panterra.models.positions import TokenLine, days_since_2000, rotate, token_coordinates, turn_heads
+from panterra.models import positions
+from panterra.models.anysat_attention import buckets, places
+from panterra.models.normalize import olmoearth_range
+from panterra.models.patches import bicubic_matrix
+from panterra.models.positions import (
+    TokenLine,
+    days_since_2000,
+    rotate,
+    sincos1d,
+    sincos2d,
+    token_coordinates,
+    turn_heads,
+)
 
 SHAPES = {
     "sentinel2_l2a": (3, 2, 4, 3, 2),
@@ -34,3 +47,23 @@ def test_heads_turn_as_rotations_of_each_do():
     wanted = torch.autograd.grad((expected * g).sum(), (x, angle))
     for a, b in zip(torch.autograd.grad((got * g).sum(), (x, angle)), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda: sincos1d(5, 8),
+        lambda: sincos2d(3, 4, 16),
+        lambda: places(3, 4, 1.0, 16),
+        lambda: buckets(3, 4),
+        lambda: bicubic_matrix(7, 5),
+        lambda: olmoearth_range("sentinel1")[0],
+        lambda: TokenLine.of({"sentinel1": torch.Size((1, 2, 2, 1, 1))}, torch.device("cpu")).band_set,
+    ],
+    ids=["sincos1d", "sincos2d", "places", "buckets", "bicubic", "range", "line"],
+)
+def test_a_table_that_inference_asked_for_first_can_be_trained_with(table):
+    for kept in (sincos1d, sincos2d, places, buckets, bicubic_matrix, olmoearth_range, positions._line):
+        kept.cache_clear()
+    with torch.inference_mode():
+        assert not table().is_inference()

@@ -349,20 +349,9 @@ def _fill(plan: Plan, source: Source, job: _Job, tables: Callable[[View], dict[R
     with measure_energy() as meter:
         outcome = run(cast(FrozenProtocol, job.protocol), trial, job.views)
     cost = source.cost(outcome.view)
-    return Row(
-        id=job.id,
-        model=model,
-        benchmark=benchmark.name,
-        protocol=job.protocol,
-        task=benchmark.task,
-        fraction=job.fraction,
-        seed=job.seed,
-        labels=len(train) if index is None else len(index),
-        subset=subset,
+    return replace(
+        _row(job, benchmark, model, outcome, labels=len(train) if index is None else len(index), subset=subset),
         compression=job.compression,
-        tested=len(benchmark.splits["test"]),
-        metric=outcome.metric,
-        figures=outcome.figures,
         diagnostics=diagnose(chosen(outcome.view)["train"].x) if plan.diagnostics else {},
         chosen={**outcome.chosen, **_about(outcome, model), "bytes": bytes_of(steps, train.x.shape[-1])},
         seconds=meter.report.seconds,
@@ -370,7 +359,6 @@ def _fill(plan: Plan, source: Source, job: _Job, tables: Callable[[View], dict[R
         energy=meter.report.method,
         embed_seconds=cost["seconds"],
         embed_wh=cost["wh"],
-        note=benchmark.note,
     )
 
 
@@ -401,6 +389,13 @@ def _tune(plan: Plan, source: Source, job: _Job, model: str, tuning: _Tuning, pr
         device=plan.device,
     )
     tuned = tuning.tuner(trial, progress)
+    labels = len(train) if index is None else len(index)
+    made = _row(job, benchmark, model, tuned.outcome, labels=labels, subset=subset)
+    return replace(made, seconds=tuned.seconds, wh=tuned.wh, energy=tuned.energy)
+
+
+def _row(job: _Job, benchmark: Benchmark, model: str, outcome: Outcome, *, labels: int, subset: str) -> Row:
+    """Say what a row is about and what came out, without what it took."""
     return Row(
         id=job.id,
         model=model,
@@ -409,15 +404,15 @@ def _tune(plan: Plan, source: Source, job: _Job, model: str, tuning: _Tuning, pr
         task=benchmark.task,
         fraction=job.fraction,
         seed=job.seed,
-        labels=len(train) if index is None else len(index),
+        labels=labels,
         subset=subset,
         tested=len(benchmark.splits["test"]),
-        metric=tuned.outcome.metric,
-        figures=tuned.outcome.figures,
-        chosen={**tuned.outcome.chosen, **_about(tuned.outcome, model)},
-        seconds=tuned.seconds,
-        wh=tuned.wh,
-        energy=tuned.energy,
+        metric=outcome.metric,
+        figures=outcome.figures,
+        chosen={**outcome.chosen, **_about(outcome, model)},
+        seconds=0.0,
+        wh=0.0,
+        energy="",
         note=benchmark.note,
     )
 

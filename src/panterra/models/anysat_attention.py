@@ -31,6 +31,7 @@ def check_width(dim: int, heads: int, part: str) -> None:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def places(rows: int, cols: int, step: float, dim: int) -> Float[Tensor, "n d"]:
     """Encode the cells of a grid `step` apart, in raster order; the first half of the width is the column (AnySat)."""
     quarter = dim // 4
@@ -46,6 +47,7 @@ def places(rows: int, cols: int, step: float, dim: int) -> Float[Tensor, "n d"]:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def buckets(rows: int, cols: int, extra: int = 1) -> Int[Tensor, "n n"]:
     """Class of the distance between cells of a grid in raster order, after `extra` tokens that have no place.
 

@@ -274,6 +274,7 @@ def encode_days(days: Tensor, dim: int, period: int) -> Float[Tensor, "b t m"]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def pixel_order(sensor: Sensor, grid: Grid, height: int, width: int) -> tuple[Int[Tensor, " u"], Int[Tensor, " n"]]:
     """List the pixels that patches are made of, and for each sub-patch of each patch its place in that list."""
     side, patch_m = sensor.side(grid.scale), CELL_M * grid.scale

@@ -26,6 +26,7 @@ def olmoearth_tables() -> dict[str, dict[str, dict[str, list[float]]]]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def olmoearth_range(modality: str) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Give the values that become 0 and 1, per band: two standard deviations around the mean, or a fixed range.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def bicubic_matrix(num_in: int, num_out: int) -> Float[Tensor, "out in"]:
     """The linear map of antialiased bicubic resizing along one axis.
 

@@ -18,6 +18,7 @@ DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
     """Encode positions 0, step, 2 step, ... by sines, then cosines.
 
@@ -30,6 +31,7 @@ def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def sincos2d(rows: int, cols: int, dim: int, step: float = 1.0) -> Float[Tensor, "rows cols d"]:
     """Encode the cells of a grid: the first half of the width is the column, the second the row (OlmoEarth)."""
     col = sincos1d(cols, dim // 2, step)[None, :, :].expand(rows, -1, -1)
@@ -107,6 +109,7 @@ class TokenLine:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _line(shapes: tuple[tuple[str, tuple[int, ...]], ...], device: torch.device) -> TokenLine:
     rows, cols, dates = (max(shape[i] for _, shape in shapes) for i in range(3))
     parts, first = [], 0
