@@ -12,8 +12,9 @@ from panterra.errors import InputError
 from panterra.models.olmoearth import OlmoEarth
 from panterra.objectives.map_decoding import MapDecoding, MapViews, describe
 from panterra.planet import Planet
-from panterra.recipes.nano import MIXTURES, NanoRecipe, PlaceBatches, calibrate, nano_run
+from panterra.recipes.nano import NanoRecipe
 from panterra.recipes.nano_places import KINDS, PLACE_BYTES, Places, draw_places
+from panterra.recipes.nano_run import MIXTURES, PlaceBatches, calibrate, nano_run
 from panterra.train.loop import Options, train
 
 FEW = NanoRecipe(places=(6,), tokens=300, batch=8, side_patches=(3, 4), steps=8, warmup_steps=2)

@@ -18,7 +18,7 @@ from panterra.commands.pretrain_anysat import (
     run_anysat,
     show_anysat_plan,
 )
-from panterra.commands.pretrain_nano import NanoPlan, dry_run_nano, list_nano, run_nano, show_nano_plan
+from panterra.commands.pretrain_nano import NanoPlan, dry_run_nano, export_nano, list_nano, run_nano, show_nano_plan
 from panterra.commands.terminal import show_table
 from panterra.data.olmoearth_h5 import open_corpus
 from panterra.energy import recorded
@@ -27,7 +27,7 @@ from panterra.recipes import ABLATED, ABLATIONS, RECIPES, Recipe, recipe
 from panterra.recipes.anysat import AnySatRecipe
 from panterra.recipes.anysat_plan import AnySatPlan
 from panterra.recipes.checks import read_labelled
-from panterra.recipes.nano import NanoRecipe, nano_run
+from panterra.recipes.nano import NanoRecipe
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 from panterra.recipes.overrides import check, override
 from panterra.recipes.plan import (
@@ -112,7 +112,7 @@ def export_checkpoint(
 ) -> Path:
     """Write the model of a run's newest checkpoint, or of that after `step`, to a folder."""
     if isinstance(settings, NanoRecipe):
-        return export(nano_run(settings, out), out, folder, step=step)
+        return export_nano(settings, out, folder, step=step)
     if isinstance(settings, AnySatRecipe):
         return export_anysat(settings, [str(path) for path in data], out, folder, step=step)
     return export(make_run(settings, [open_corpus(path) for path in data], check_every=0), out, folder, step=step)

@@ -8,9 +8,8 @@ from typing import Any
 
 from panterra.commands.terminal import note, progress_bar, show_table
 from panterra.models.olmoearth import OlmoEarth
-from panterra.recipes.nano import NanoRecipe, nano_run
-from panterra.recipes.nano_places import PLACE_BYTES
-from panterra.train.loop import Options, TrainResult, train
+from panterra.recipes.nano import NanoRecipe
+from panterra.train.loop import Options, TrainResult, export, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +30,26 @@ class NanoPlan:
 
 def run_nano(settings: NanoRecipe, out: Path, options: Options) -> TrainResult:
     """Draw the places where they are not there yet, then train; an earlier start is gone on with."""
+    # Planets bring libraries of imagery, which no other recipe loads.
+    from panterra.recipes.nano_run import nano_run
+
     note(f"Drawing {sum(settings.places):,} places on invented planets, where {out} does not have them yet")
     with progress_bar("places") as progress:
         run = nano_run(settings, out, progress=progress)
     return train(run, out, options)
 
 
+def export_nano(settings: NanoRecipe, out: Path, folder: Path, *, step: int | None) -> Path:
+    """Write the model of a run's newest checkpoint, or of that after `step`, to a folder."""
+    from panterra.recipes.nano_run import nano_run
+
+    return export(nano_run(settings, out), out, folder, step=step)
+
+
 def dry_run_nano(settings: NanoRecipe) -> NanoPlan:
     """Count a run."""
+    from panterra.recipes.nano_places import PLACE_BYTES
+
     places = sum(settings.places)
     parameters = sum(weight.numel() for weight in OlmoEarth(settings.encoder).parameters())
     return NanoPlan(recipe=settings, parameters=parameters, places=places, disk_bytes=places * PLACE_BYTES)

@@ -16,9 +16,9 @@ from odc.geo.geobox import GeoBox
 
 from panterra.modalities import MODALITIES
 from panterra.planet import CLASSES, CRS, SURFACES, Ground, Planet
+from panterra.recipes.nano import DATES, SIDE_PX
 from panterra.sample import to_days
 
-SIDE_PX, DATES = 64, 4
 TRAINING_SEEDS = 5000
 """Planets below this seed are learned from; checks use seeds from 9000."""
 PER_PLANET = 4

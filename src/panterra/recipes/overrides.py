@@ -22,8 +22,7 @@ from panterra.objectives.jepa_batches import Source
 from panterra.objectives.losses import LOSSES, REGULARISERS, Pair, regularise, token_loss
 from panterra.objectives.masking import STRATEGIES, make_masks
 from panterra.recipes.anysat import AnySatRecipe
-from panterra.recipes.nano import NanoRecipe
-from panterra.recipes.nano_places import DATES, SIDE_PX
+from panterra.recipes.nano import DATES, SIDE_PX, NanoRecipe
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 
 _Settings = TypeVar("_Settings")
