@@ -14,7 +14,7 @@ from panterra.errors import InputError
 from panterra.imagery.raster import grid_of, read_legend, read_onto
 from panterra.imagery.stac import open_scene
 from panterra.modalities import MODALITIES
-from panterra.planet import CLASSES, SENSORS, Planet, scenes, write_planet_scene
+from panterra.planet import CLASSES, SENSORS, SOUTHERN_CLASSES, Planet, scenes, write_planet_scene
 
 CODES = {c.name: c.code for c in CLASSES}
 CLEAR = Planet(seed=0, clouds=0)
@@ -35,7 +35,9 @@ def town():
     return CLEAR.ground(box_at(477400, 5296800, 256))
 
 
-@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize(
+    "planet", [Planet(seed=0, clouds=0.4), Planet(seed=5, clouds=0.4, south=0.8, motorways=True)], ids=["0", "south"]
+)
 @pytest.mark.parametrize(
     ("pixel", "size", "modalities"),
     [
@@ -47,8 +49,8 @@ def town():
         (0.2, 150, ("aerial", "wri_canopy_height_map")),
     ],
 )
-def test_a_window_is_the_crop_of_a_larger_one(pixel, size, modalities, seed):
-    planet, random = Planet(seed=seed, clouds=0.4), np.random.default_rng(seed)
+def test_a_window_is_the_crop_of_a_larger_one(pixel, size, modalities, planet):
+    random = np.random.default_rng(planet.seed)
     left, top = (np.floor((c + random.uniform(-8e3, 8e3)) / pixel) * pixel for c in (476100, 5294400))
     large = box_at(left, top, size, pixel)
     row, col, height, width = (int(n) for n in random.integers(3, size // 2, 4))
@@ -83,6 +85,44 @@ def test_seeds_and_dates_make_a_difference(town):
     assert (Planet(seed=1).truth(town.box) != CLEAR.truth(town)).mean() > 0.3
     first, second = (CLEAR.observe("sentinel1", town, f"2023-05-0{day}")[0] for day in (1, 2))
     assert np.corrcoef(first[0].ravel(), second[0].ravel())[0, 1] < 0.95
+
+
+def test_the_south_grows_other_things(town):
+    """Orchards take the place of fields and scrub that of meadows and woods, the more the further south."""
+    orchards, shrubs = (c.code for c in SOUTHERN_CLASSES)
+    fields = [CODES[name] for name in ("winter wheat", "rapeseed", "maize", "alfalfa")]
+    towns = [CODES["water"], CODES["built-up"]]
+    north, *souths = (Planet(seed=0, clouds=0, south=share).truth(town.box) for share in (0, 0.5, 1))
+    np.testing.assert_array_equal(north, CLEAR.truth(town))
+    for south in souths:
+        assert np.isin(north[south == orchards], fields).mean() > 0.98
+        np.testing.assert_array_equal(np.isin(south, towns), np.isin(north, towns))
+    for code, least in ((orchards, 0.1), (shrubs, 0.03)):
+        some, most = ((truth == code).mean() for truth in souths)
+        assert least < most
+        assert 0.2 * most < some < most
+    planet = Planet(seed=0, clouds=0, south=1)
+    codes = planet.observe("worldcover", town.box, "2023-07-10")[0][0]
+    assert set(np.unique(codes[souths[1] == shrubs])) == {20}
+    # Vines and dry grass show their soil in summer: redder than what stood there.
+    july = "2023-07-25"
+    hot, mild = (band("sentinel2_l2a", p.observe("sentinel2_l2a", town.box, july)[0], "B04") for p in (planet, CLEAR))
+    assert hot[souths[1] == shrubs].mean() > 1.5 * mild[souths[1] == shrubs].mean()
+
+
+def test_motorways_are_wide_roads_that_nothing_else_gives_way_to():
+    box = box_at(520000, 5310000, 300)
+    without, crossed = (Planet(seed=12, clouds=0, motorways=wide) for wide in (False, True))
+    before, after = (planet.truth(box) for planet in (without, crossed))
+    changed = before != after
+    assert 0.002 < changed.mean() < 0.06
+    assert np.isin(after[changed], [CODES["built-up"], CODES["grassland"]]).mean() > 0.8
+
+
+@pytest.mark.parametrize("south", [-0.1, 1.5])
+def test_a_south_is_a_share(south):
+    with pytest.raises(InputError, match=r"south=.* came; wanted a share from 0 to 1"):
+        Planet(south=south)
 
 
 @pytest.mark.parametrize("modality", [*SENSORS, *MAPS])

@@ -8,12 +8,13 @@ from panterra.planet.ground import CRS, Ground
 from panterra.planet.planet import Planet
 from panterra.planet.scenes import write_planet_scene
 from panterra.planet.sensors import SENSORS, Optics, Radar
-from panterra.planet.surfaces import CLASSES, SURFACES, Class, Surface
+from panterra.planet.surfaces import CLASSES, SOUTHERN_CLASSES, SURFACES, Class, Surface
 
 __all__ = [
     "CLASSES",
     "CRS",
     "SENSORS",
+    "SOUTHERN_CLASSES",
     "SURFACES",
     "Class",
     "Ground",

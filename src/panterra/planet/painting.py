@@ -11,6 +11,7 @@ from odc.geo.geobox import GeoBox
 from panterra.planet.chance import Array, add_octaves, draw, draw_normal, make_noise, mix
 from panterra.planet.ground import SHADOW_REACH, Grid, Ground, Layer, make_grid, number_along
 from panterra.planet.shapes import (
+    Voronoi,
     cover_line,
     differentiate,
     distance_from_lines,
@@ -28,7 +29,7 @@ _TOWN_SPACING = 4600.0
 _SHADOW_AZIMUTH, _SHADOW_SLOPE = math.radians(152.0), math.tan(math.radians(53.0))
 
 
-def paint_ground(seed: int, box: GeoBox) -> Ground:
+def paint_ground(seed: int, box: GeoBox, *, south: float = 0.0, motorways: bool = False) -> Ground:
     """Work out what lies where on the planet of a seed."""
     grid = make_grid(box)
     x, y, step = grid.x, grid.y, grid.step
@@ -46,9 +47,11 @@ def paint_ground(seed: int, box: GeoBox) -> Ground:
 
     canvas = _Canvas(seed, grid)
     wet = _find_water(canvas, relief, river, stream)
-    _paint_country(canvas, relief, river, stream)
+    _paint_country(canvas, relief, river, stream, south)
     _paint_water(canvas, wet, stream)
     _paint_roads(canvas)
+    if motorways:
+        _paint_motorways(canvas)
     _paint_towns(canvas)
     _paint_trees(canvas)
 
@@ -74,7 +77,7 @@ def paint_ground(seed: int, box: GeoBox) -> Ground:
     code = codes.take(canvas.kind)
     for layer in layers:
         name = kind[layer.row]
-        seen = (layer.cover > 0.5) & np.isin(name, [KIND["road"], KIND["tree"], KIND["stream"]])
+        seen = (layer.cover > 0.5) & np.isin(name, [KIND[seen] for seen in ("road", "motorway", "tree", "stream")])
         flat, where = code.ravel(), layer.where[seen]
         flat[where] = np.where(flat[where] == codes[KIND["road"]], flat[where], codes[name[seen]])
     return Ground(
@@ -130,7 +133,7 @@ class _Canvas:
             self.built.ravel()[where] |= covered > 0.3
 
 
-def _paint_country(canvas: _Canvas, relief: Array, river: Array, stream: Array) -> None:
+def _paint_country(canvas: _Canvas, relief: Array, river: Array, stream: Array, south: float) -> None:
     """Paint fields, meadows and forests, with the ways between them."""
     x, y, step, seed = canvas.x, canvas.y, canvas.step, canvas.seed
     district = make_voronoi(x, y, 1900, seed, "district")
@@ -170,6 +173,9 @@ def _paint_country(canvas: _Canvas, relief: Array, river: Array, stream: Array) 
     canvas.kind[forest] = np.where(needles, KIND["conifer"], KIND["broadleaf"])[forest]
     clearing = forest & (draw(parcel, "felled") < 0.035)
     canvas.kind[clearing] = KIND["grassland"]
+    if south:
+        _plant_south(canvas, south, district, block.key)
+        forest &= canvas.kind < KIND["orchard"]
 
     # Machines work along the strips; one pass differs a little from the next.
     passes = draw(parcel, "pass", np.floor(np.where(across, u, v) / 21).astype(np.int64)) - 0.5
@@ -198,6 +204,24 @@ def _paint_country(canvas: _Canvas, relief: Array, river: Array, stream: Array) 
     canvas.trees[forest] = 0
 
 
+def _plant_south(canvas: _Canvas, south: float, district: Voronoi, block: Array) -> None:
+    """Let orchards, vines and olives take the place of crops, and scrub and dry grass that of meadows and woods."""
+    x, y, seed, kind, parcel = canvas.x, canvas.y, canvas.seed, canvas.kind, canvas.key
+    grassland = kind == KIND["grassland"]
+    forest = (kind == KIND["broadleaf"]) | (kind == KIND["conifer"])
+    tended = ~grassland & ~forest & (draw(parcel, "tended") < south * (0.4 + 1.2 * district.draw("tended")))
+    taste = 0.75 * district.draw("grove") + 0.25 * draw(parcel, "grove")
+    for name, least in (("orchard", 0.0), ("vineyard", 0.36), ("olive grove", 0.66)):
+        kind[tended & (taste >= least)] = KIND[name]
+    # What nobody tends keeps to no parcel: scrub and dry grass lie in patches, and reach into the woods.
+    dry = add_octaves(x, y, {1100: 1, 400: 0.7, 150: 0.4, 60: 0.3}, seed, "dry")
+    left = grassland & (draw(block, "left") < south * (0.4 + 1.2 * district.draw("left")))
+    left |= forest & (dry > 1.2 - 2 * south)
+    patch = mix(district.key, "patch", np.floor(2 * dry).astype(np.int64))
+    shrubs = add_octaves(x, y, {500: 1, 170: 0.8, 70: 0.6, 30: 0.5}, seed, "shrubs") > district.draw("shrubs") - 0.6
+    kind[left], canvas.key[left] = np.where(shrubs, KIND["scrub"], KIND["steppe"])[left], patch[left]
+
+
 def _paint_rows(canvas: _Canvas, t: Array, parcel: Array, forest: Array) -> None:
     """Add what only a camera close by sees of a field: wheel tracks, mowing, rows."""
     step = canvas.step
@@ -207,7 +231,12 @@ def _paint_rows(canvas: _Canvas, t: Array, parcel: Array, forest: Array) -> None
     tilled = (canvas.kind >= KIND["wheat"]) & (canvas.kind <= KIND["maize"])
     canvas.vigour -= np.float32(2.5) * wheels * tilled
     swath = np.floor(t / 3).astype(np.int64)
-    canvas.vigour += (draw(parcel, "swath", swath) - 0.5) * np.float32(0.9) * (~tilled & ~forest)
+    planted = (canvas.kind >= KIND["orchard"]) & (canvas.kind <= KIND["olive grove"])
+    canvas.vigour += (draw(parcel, "swath", swath) - 0.5) * np.float32(0.9) * (~tilled & ~forest & ~planted)
+    apart = np.where(canvas.kind == KIND["vineyard"], 2.4, 6.0)
+    canvas.vigour += (
+        np.float32(2.5) * np.cos(t * (2 * np.pi / apart)).astype(np.float32) * (planted & (apart > 2 * step))
+    )
     if step < 0.5:
         row = np.where(canvas.kind == KIND["maize"], 1.5, 0.9)
         canvas.vigour += np.float32(0.5) * np.cos(t * (2 * np.pi / row)).astype(np.float32) * tilled
@@ -300,6 +329,15 @@ def _paint_roads(canvas: _Canvas) -> None:
             canvas.lay(cover_line(away, 3.6 + 2.4 * float(draw(link, "width")), step), "road", link, (rows, cols))
             if float(draw(link, "avenue")) < 0.5:
                 canvas.trees[rows, cols] = np.maximum(canvas.trees[rows, cols], 0.8 * cover_line(away - 11, 4.0, step))
+
+
+def _paint_motorways(canvas: _Canvas) -> None:
+    """Draw motorways: two carriageways and a strip of grass, bending over the country every few kilometres."""
+    grid = Grid(canvas.x, canvas.y, canvas.step, 1, (0, 0, 0, 0))
+    away = distance_from_lines(grid, {3200: 1, 1200: 0.12}, canvas.seed, "motorway")
+    canvas.lay(cover_line(away, 19.0, canvas.step), "margin", np.zeros(1, np.uint64))
+    canvas.trees *= away > 22
+    canvas.lay(cover_line(away - 8.5, 6.5, canvas.step), "motorway", np.zeros(1, np.uint64))
 
 
 def _paint_towns(canvas: _Canvas) -> None:

@@ -15,7 +15,7 @@ from panterra.planet.ground import Ground, blend, crop, number_pixels
 from panterra.planet.painting import paint_ground
 from panterra.planet.radar import listen
 from panterra.planet.sensors import MAPS, SENSORS, Optics
-from panterra.planet.surfaces import CLASSES, SURFACES
+from panterra.planet.surfaces import CLASSES, SOUTHERN_CLASSES, SURFACES
 from panterra.sample import to_days
 
 
@@ -26,14 +26,21 @@ class Planet:
     seed: int = 0
     clouds: float = 0.12
     """Share of the ground under clouds, over many dates: most are nearly clear and some are not."""
+    south: float = 0.0
+    """How many of the fields are orchards, vineyards and olive groves, and of the meadows and woods scrub and dry
+    grass: 0 none, 1 nearly all."""
+    motorways: bool = False
+    """Whether motorways cross the country every few kilometres."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clouds < 1:
             raise InputError(f"clouds={self.clouds} came; wanted a share from 0 to below 1")
+        if not 0 <= self.south <= 1:
+            raise InputError(f"south={self.south} came; wanted a share from 0 to 1")
 
     def ground(self, box: GeoBox) -> Ground:
         """Work out what lies where: the costly part, to be shared by the dates and sensors of a box."""
-        return paint_ground(self.seed, box)
+        return paint_ground(self.seed, box, south=self.south, motorways=self.motorways)
 
     def truth(self, where: GeoBox | Ground) -> Array:
         """Give the class codes uint8 [H, W], the commonest in each pixel. Crops keep to their fields over the years."""
@@ -41,8 +48,9 @@ class Planet:
         size = ground.grid.per_pixel
         if size == 1:
             return crop(ground, ground.code)
-        counts = np.stack([blend((ground.code == c.code).astype(np.float32), size) for c in CLASSES])
-        return crop(ground, np.array([c.code for c in CLASSES], np.uint8)[counts.argmax(axis=0)], blended=True)
+        classes = (*CLASSES, *SOUTHERN_CLASSES) if self.south else CLASSES
+        counts = np.stack([blend((ground.code == c.code).astype(np.float32), size) for c in classes])
+        return crop(ground, np.array([c.code for c in classes], np.uint8)[counts.argmax(axis=0)], blended=True)
 
     def observe(self, modality: str, where: GeoBox | Ground, date: dt.date | str) -> tuple[Array, Array]:
         """Look at a box on a date: float32 [C, H, W] in the modality's declared unit and bool [H, W], True where data.
@@ -69,7 +77,8 @@ class Planet:
         grid = ground.grid
         if modality == "worldcover":
             codes = np.zeros(256, np.float32)
-            codes[[c.code for c in CLASSES]] = [c.worldcover for c in CLASSES]
+            for c in (*CLASSES, *SOUTHERN_CLASSES):
+                codes[c.code] = c.worldcover
             return codes[self.truth(ground)][None]
         if modality == "wri_canopy_height_map":
             forest = np.isin(ground.code, [SURFACES[name].code for name in ("broadleaf", "conifer")])

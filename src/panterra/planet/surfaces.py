@@ -32,6 +32,11 @@ CLASSES = (
     Class(name="built-up", code=10, colour=(206, 62, 62), worldcover=50),
     Class(name="bare ground", code=11, colour=(156, 142, 128), worldcover=60),
 )
+SOUTHERN_CLASSES = (
+    Class(name="orchards and vineyards", code=12, colour=(206, 120, 108), worldcover=40),
+    Class(name="shrubland", code=13, colour=(168, 158, 84), worldcover=20),
+)
+"""Only where a planet has a south."""
 
 # Reflectance in percent at these wavelengths (micrometres), set by hand to the shapes and levels of such surfaces
 # in spectral libraries and in satellite images. A band takes the value at its centre.
@@ -42,10 +47,13 @@ SPECTRA: dict[str, tuple[float, ...]] = {
     "broadleaf": (1.6, 2.0, 4.9, 3.5, 2.3, 8.5, 28, 36, 39, 38, 36, 10, 19, 8.5),
     "conifer": (1.3, 1.6, 3.0, 2.4, 1.8, 5, 15, 19.5, 21, 20, 17, 5, 9.5, 4),
     "reed": (3, 3.6, 6, 6, 5.5, 10, 20, 24, 26, 25, 23, 8, 15, 8),
+    "evergreen": (2.2, 2.7, 4.6, 4.3, 4.0, 7.8, 17, 21, 23.5, 23, 22, 8, 15.5, 7.5),
     "straw": (7, 9.5, 14, 18, 21.5, 25, 27.5, 29.5, 32, 34, 42, 32, 40, 29),
     "autumn": (3, 3.8, 6.5, 11, 13, 17, 24, 28, 31, 31, 34, 18, 26, 15),
     "blossom": (2.6, 3.8, 15.5, 16.5, 14.5, 21, 38, 46, 50, 49, 44, 13, 25, 12),
     "loam": (5.8, 7.8, 10.5, 12.2, 13.6, 15.5, 17.6, 19, 21, 23.5, 29, 26, 33, 29),
+    "pale soil": (8.5, 11.5, 15.5, 18.5, 21, 23, 25, 26.5, 28.5, 31, 37, 34, 41, 36),
+    "grass floor": (3.2, 4.2, 7.6, 7.4, 7, 12, 24, 29, 31.5, 32, 33, 15, 26, 16),
     "litter": (2, 2.6, 4.2, 4.9, 5.4, 7.8, 11.5, 13, 14.5, 16, 21, 14, 20, 14),
     "clear water": (4, 3.6, 2.8, 1.8, 1.3, 1, 0.8, 0.7, 0.6, 0.5, 0.3, 0.2, 0.2, 0.1),
     "turbid water": (5.5, 6.8, 9, 8.5, 7.5, 6, 3.5, 3, 2.5, 1.5, 0.6, 0.4, 0.5, 0.3),
@@ -203,7 +211,64 @@ SURFACES["ley"] = SURFACES["alfalfa"]
 SURFACES["needles"] = SURFACES["conifer"]
 SURFACES["stream"] = SURFACES["water"]
 SURFACES["tree"] = SURFACES["broadleaf"]
+# fmt: off
+SURFACES |= {
+    "orchard": Surface(
+        code=12, ground="grass floor", green="broadleaf", bloom="blossom", spread=1.2, variety=1.5, texture=0.16,
+        heat=1, c_bare=(-9.8, -17), c_full=(-9, -14.8), l_bare=(-10.5, -18), l_full=(-9.5, -15.5),
+        years=(
+            "1:10+5 85:14+4+2 102:18+0+16 118:38+0+4 150:52 250:50 290:38+4 315:18+8 335:10+6",
+            "1:8+4 95:10+4 125:34 160:46 265:42 300:26+8 325:10+6",
+        ),
+    ),
+    "vineyard": Surface(
+        code=12, ground="pale soil", green="crop", spread=1.2, variety=1.5, texture=0.13, heat=4,
+        c_bare=(-10.2, -18.5), c_full=(-9.6, -15.8), l_bare=(-12, -21), l_full=(-11.5, -19),
+        years=(
+            "1:12+8 80:18+6 105:8+8 125:14+5 160:36+3 190:46+4 255:42+5 285:26+12 305:10+12 325:8+8",
+            "1:3+4 100:4+4 130:12+2 165:30 200:38 255:36+2 290:18+12 310:5+6",
+        ),
+    ),
+    "olive grove": Surface(
+        code=12, ground="pale soil", green="evergreen", spread=1.5, variety=1.3, texture=0.2, heat=4,
+        c_bare=(-10, -17.5), c_full=(-9.2, -15.4), l_bare=(-11, -19.5), l_full=(-10, -17),
+        years=(
+            "1:46+8 100:50+6 160:36+22 220:32+26 280:36+16 330:44+8",
+            "1:30+4 120:34+4 200:28+8 300:30+4",
+        ),
+    ),
+    "scrub": Surface(
+        code=13, ground="litter", green="evergreen", mixed="margin", spread=1.3, variety=1.7, texture=0.14,
+        c_bare=(-10.4, -17.5), c_full=(-9.4, -15.6), l_bare=(-11.5, -20), l_full=(-10, -17.5),
+        years=(
+            "1:50+12 110:60+8 150:66+6 200:48+26 250:42+32 300:48+18",
+            "1:30+14 110:44+10 150:62+4 220:54+14 280:42+12+14 320:32+14",
+            "1:34+36 120:46+26 170:56+16 230:50+14+10 290:38+32",
+        ),
+    ),
+    "steppe": Surface(
+        code=4, ground="pale soil", green="grass", mixed="margin", spread=1.6, variety=1.5, texture=0.07, heat=2,
+        years=(
+            "1:38+22 90:56+12 125:58+14 150:30+44 185:8+68 260:8+62 300:24+40",
+            "1:18+44 115:34+34 160:40+34 200:20+54 270:22+46 320:18+44",
+        ),
+    ),
+}
+# fmt: on
+SURFACES["motorway"] = SURFACES["road"]
 KIND = {name: number for number, name in enumerate(SURFACES)}
-COVERS = ("stream", "track", "road", "tile roof", "slate roof", "metal roof", "margin", "ley", "tree", "needles")
+COVERS = (
+    "stream",
+    "track",
+    "road",
+    "tile roof",
+    "slate roof",
+    "metal roof",
+    "margin",
+    "ley",
+    "tree",
+    "needles",
+    "motorway",
+)
 """Surfaces that lie over others or grow among them; each comes in `VARIANTS` hues."""
 VARIANTS = 16
