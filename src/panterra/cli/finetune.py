@@ -51,8 +51,15 @@ def finetune(
         bool, Parameter(show_default=False, help="Show the decoder the pixels of the finest modality too.")
     ] = False,
     patch_m: Annotated[float, Parameter(help="Side of the encoder's patches in metres.")] = 40,
+    sub_patches: Annotated[
+        bool,
+        Parameter(
+            show_default=False, help="Let the head look at sub-patches, for models that have them, such as AnySat."
+        ),
+    ] = False,
     output_m: Annotated[
-        float | None, Parameter(help="Side of the map's pixels; with conv those of the imagery, else the patches.")
+        float | None,
+        Parameter(help="Side of the map's pixels; with conv those of the imagery, else the patches or sub-patches."),
     ] = None,
     window_px: Annotated[int | None, Parameter(help="Side of a sample in pixels; 64, or the data set's own.")] = None,
     block_m: BlockM = 1000,
@@ -122,6 +129,7 @@ def finetune(
             head=head,
             skip=skip,
             patch_m=patch_m,
+            sub_patches=sub_patches,
             window_px=window_px,
             limit=limit,
             tuning=tuning,
@@ -148,6 +156,7 @@ def finetune(
             head=head,
             skip=skip,
             patch_m=patch_m,
+            sub_patches=sub_patches,
             output_m=output_m,
             window_px=window_px or 64,
             block_m=block_m,

@@ -18,6 +18,7 @@ from panterra.imagery.labels import Labels, read_labels
 from panterra.imagery.stac import open_scene, pixel_metres
 from panterra.mapping.run import common_grid
 from panterra.models.features import Encoder
+from panterra.models.sub_patches import divided
 from panterra.models.weights import load_model
 from panterra.train.logs import progress_bar
 
@@ -39,6 +40,7 @@ def finetune_scenes(
     head: HeadKind,
     skip: bool,
     patch_m: float,
+    sub_patches: bool,
     output_m: float | None,
     window_px: int,
     block_m: float,
@@ -49,9 +51,11 @@ def finetune_scenes(
 ) -> Result:
     """Fine-tune a model on labels that lie on scenes.
 
-    The answer's cells are pixels of the common grid with the conv head, patches with the others, unless `output_m`.
+    The answer's cells are sub-patches where the head looks at these, else pixels of the common grid with the conv head
+    and patches with the others, unless `output_m`.
     """
     encoder = load_model(model, random=random)
+    sides = divided(encoder).sub_patches_m(patch_m) if sub_patches else {}
     opened = [open_scene(scene) for scene in scenes]
     absent = [name for name in modalities or () if not all(name in scene.modalities for scene in opened)]
     if absent:
@@ -59,6 +63,11 @@ def finetune_scenes(
     shown = [m for m in encoder.modalities if any(m in s.modalities for s in opened) and m in (modalities or [m])]
     boxes = [common_grid(scene, encoder, modalities) for scene in opened]
     pixel_m = pixel_metres(boxes[0])
+    if output_m is None and sub_patches:
+        finest = min((sides[m] for m in shown if m in sides), default=patch_m)
+        # Objects alone may be looked for on cells that are finer than the common grid.
+        output_m = finest if task == "detection" else max(finest, pixel_m)
+    cell_m = output_m if output_m is not None else pixel_m if head == "conv" else patch_m
     if task == "detection":
         known = read_labels(labels, column=column, kind="classes")
         examples = objects_from_scenes(
@@ -70,14 +79,13 @@ def finetune_scenes(
             periods=_one_pair(_periods(known, before, after)),
             modalities=shown,
             window_px=window_px,
-            cell_m=output_m if output_m is not None else pixel_m if head == "conv" else patch_m,
+            cell_m=cell_m,
             block_m=block_m,
             seed=tuning.seed,
         )
-        return _finetune(examples, encoder, out, head, skip, patch_m, tuning, device, country, overwrite)
+        return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
     if size_m is not None or area is not None:
         raise InputError("a size and an area of labels are for detection; add --task detection, or leave them out")
-    cell_m = output_m if output_m is not None else pixel_m if head == "conv" else patch_m
     cell_px = round(cell_m / pixel_m)
     if cell_px < 1 or abs(cell_px * pixel_m - cell_m) > 1e-6:
         raise InputError(f"cells of {cell_m:g} m are no whole number of pixels of {pixel_m:g} m; choose another size")
@@ -94,7 +102,7 @@ def finetune_scenes(
         block_m=block_m,
         seed=tuning.seed,
     )
-    return _finetune(examples, encoder, out, head, skip, patch_m, tuning, device, country, overwrite)
+    return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
 
 
 def _periods(labels: Labels, before: str | None, after: str | None) -> Periods | list[Periods] | None:
@@ -134,6 +142,7 @@ def finetune_dataset(
     head: HeadKind,
     skip: bool,
     patch_m: float,
+    sub_patches: bool,
     window_px: int | None,
     limit: int | None,
     tuning: Tuning,
@@ -151,7 +160,7 @@ def finetune_dataset(
         limit=limit,
         seed=tuning.seed,
     )
-    return _finetune(examples, encoder, out, head, skip, patch_m, tuning, device, country, overwrite)
+    return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
 
 
 def _finetune(
@@ -161,6 +170,7 @@ def _finetune(
     head: HeadKind,
     skip: bool,
     patch_m: float,
+    sub_patches: bool,
     tuning: Tuning,
     device: str,
     country: str | None,
@@ -175,6 +185,7 @@ def _finetune(
             head=head,
             skip=skip,
             patch_m=patch_m,
+            sub_patches=sub_patches,
             tuning=tuning,
             device=device,
             country=country,

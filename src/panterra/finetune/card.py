@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from panterra.finetune.model import FineTuned
+from panterra.finetune.model import FineTuned, Setup
 
 
 def write_card(model: FineTuned) -> str:
@@ -16,7 +16,8 @@ def write_card(model: FineTuned) -> str:
             f"# {setup.task.replace('_', ' ').capitalize()} with {setup.base.name}",
             "",
             f"Fine-tuned with Panterra: `{_use(model)}`. It looks at "
-            f"{', '.join(setup.modalities)} in windows of {setup.window_px} px, in patches of {setup.patch_m:g} m, and "
+            f"{', '.join(setup.modalities)} in windows of {setup.window_px} px, in patches of "
+            f"{setup.patch_m:g} m{_divided(setup)}, and "
             f"{'looks for centres on' if model.task == 'boxes' else 'answers for'} cells of {setup.output_m:g} m."
             f"{_compared(model)}",
             "",
@@ -33,6 +34,12 @@ def _use(model: FineTuned) -> str:
     if model.task == "boxes":
         return "panterra detect SCENE --model FOLDER --out objects.geojson"
     return "panterra map SCENE --probe FOLDER --out map.tif"
+
+
+def _divided(setup: Setup) -> str:
+    if setup.sub_patches is None:
+        return ""
+    return f" by sub-patches of {setup.sub_patches}, {setup.patch_m / setup.parts:g} m each"
 
 
 def _compared(model: FineTuned) -> str:

@@ -116,6 +116,11 @@ def on_sub_patches(setup: Setup, encoder: Encoder, *, modality: str | None = Non
             "ask for smaller cells, or leave the sub-patches out"
         )
     chosen = max(able, key=lambda m: able[m])
+    if setup.skip is not None and setup.head.side == able[chosen]:
+        raise InputError(
+            f"cells of {setup.output_m:g} m are the sub-patches themselves, so no step of the decoder would look at "
+            "the pixels; leave out skip, or ask for smaller cells"
+        )
     width = divided(encoder).dense_dim * (PARTS if setup.pairs else 1)
     head = replace(setup.head, dim=width, side=setup.head.side // able[chosen])
     return replace(setup, head=head, sub_patches=chosen, parts=able[chosen])

@@ -28,13 +28,14 @@ from panterra.finetune.examples import Examples
 from panterra.finetune.heads import HeadConfig, HeadKind
 from panterra.finetune.look import Look, look_at, loss_options, show_pixels, standardised
 from panterra.finetune.lora import merge_lora
-from panterra.finetune.model import Base, FineTuned, Setup, check_free, load_finetuned
+from panterra.finetune.model import Base, FineTuned, Setup, check_free, load_finetuned, on_sub_patches
 from panterra.finetune.pairs import PARTS
 from panterra.finetune.score import PartReport, deciding_figure, report, score
 from panterra.finetune.step import Plateau, Trained, Tuning, make_optimiser, peaks_of, prepare
 from panterra.finetune.tasks import LossOptions
 from panterra.modalities import MODALITIES
 from panterra.models.features import Encoder
+from panterra.models.sub_patches import divided
 from panterra.models.weights import Model, load_model, weights_checksum
 from panterra.sample import collate
 from panterra.train import checkpoint
@@ -104,6 +105,7 @@ def finetune(
     hidden: int = 256,
     skip: bool = False,
     patch_m: float = 40,
+    sub_patches: bool | str = False,
     tuning: Tuning | None = None,
     device: str = "auto",
     country: str | None = None,
@@ -112,9 +114,10 @@ def finetune(
 ) -> Result:
     """Train an encoder with a head on examples, keep the epoch that validates best and write it to the folder `out`.
 
-    `skip` shows the decoder (head "conv") the raw pixels of the finest modality. While it runs, its state lies in
-    `<out>.training`: after any interruption the same call goes on from the last epoch, with the numbers of a run that
-    never stopped. Raises InputError where `out` is a model or the state is of another run, unless `overwrite`.
+    `skip` shows the decoder (head "conv") the raw pixels of the finest modality. `sub_patches` puts the head onto the
+    encoder's sub-patches: of the modality that it names, or of the finest one that suits. While it runs, its state lies
+    in `<out>.training`: after any interruption the same call goes on from the last epoch, with the numbers of a run
+    that never stopped. Raises InputError where `out` is a model or the state is of another run, unless `overwrite`.
     """
     out, tuning = Path(out), tuning or Tuning()
     check_free(out, overwrite=overwrite)
@@ -130,6 +133,7 @@ def finetune(
         hidden=hidden,
         skip=skip,
         patch_m=patch_m,
+        sub_patches=sub_patches,
         tuning=tuning,
         device=device,
         country=country,
@@ -178,6 +182,7 @@ def fit(
     hidden: int = 256,
     skip: bool = False,
     patch_m: float,
+    sub_patches: bool | str = False,
     tuning: Tuning,
     device: str = "auto",
     country: str | None = None,
@@ -189,11 +194,15 @@ def fit(
     All that stays is the state in `folder`, from which the same call goes on, or ends at once.
     """
     where = choose_device(device)
+    if sub_patches:
+        divided(encoder)  # before anything is read
     with measure_energy(country=country) as looking:
         look, seen = look_at(examples, encoder, tuning)
         encoder = deepcopy(standardised(examples, encoder, seen))
     torch.manual_seed(tuning.seed)
     setup = _setup(examples, encoder, look, seen, head=head, hidden=hidden, skip=skip, patch_m=patch_m)
+    if sub_patches:
+        setup = on_sub_patches(setup, encoder, modality=None if sub_patches is True else sub_patches)
     model = FineTuned(encoder, setup)
     assert isinstance(model.encoder, nn.Module)
     job = {

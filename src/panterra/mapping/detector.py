@@ -10,6 +10,9 @@ from panterra.finetune.model import FineTuned
 from panterra.models.features import Features
 from panterra.sample import Batch
 
+NO_OBJECT = -30.0
+"""A logit, and a shape that no box has: what a cell without data holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detector:
@@ -31,7 +34,7 @@ class Detector:
     @property
     def side(self) -> int:
         """Cells along a patch."""
-        return self.model.setup.head.side
+        return self.model.setup.cells
 
     @property
     def dim(self) -> int:
@@ -41,6 +44,8 @@ class Detector:
         assert patch_m == self.model.setup.patch_m, patch_m
         device = next(self.model.parameters()).device
         cells = self.model.encode(batch.to(device), patch_m=self.model.setup.output_m)
-        patches = rearrange(cells.patches, "b (h r) (w c) k -> b h w (r c k)", r=self.side, c=self.side)
-        valid = cells.valid[:, :: self.side, :: self.side]
+        # A model of sub-patches may know nothing of some cells in a patch with data.
+        scores = cells.patches.masked_fill(~cells.valid[..., None], NO_OBJECT)
+        patches = rearrange(scores, "b (h r) (w c) k -> b h w (r c k)", r=self.side, c=self.side)
+        valid = rearrange(cells.valid, "b (h r) (w c) -> b h w (r c)", r=self.side, c=self.side).any(-1)
         return Features(patches=patches, summary=patches.mean((1, 2)), valid=valid, patch_m=patch_m)
