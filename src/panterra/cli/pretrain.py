@@ -24,6 +24,10 @@ def pretrain(
         ),
     ] = None,
     out: Annotated[Path | None, Parameter(help="Folder of the run; one that is there goes on.")] = None,
+    start: Annotated[
+        str | None,
+        Parameter(help="Start a new run from weights: AnySat_full.pth, or the folder or name of a model."),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         Parameter(name="--set", consume_multiple=True, help="Settings: lr=1e-4 loss.tau=0.2 steps=500."),
@@ -96,6 +100,7 @@ def pretrain(
         settings,
         data or [],
         out,
+        start=start,
         labelled=labelled,
         check_every=check_every,
         options=Options(

@@ -19,7 +19,7 @@ from panterra.commands.pretrain_anysat import (
     show_anysat_plan,
 )
 from panterra.commands.pretrain_nano import NanoPlan, dry_run_nano, export_nano, list_nano, run_nano, show_nano_plan
-from panterra.commands.terminal import show_table
+from panterra.commands.terminal import note, show_table
 from panterra.data.olmoearth_h5 import open_corpus
 from panterra.energy import recorded
 from panterra.errors import InputError
@@ -43,6 +43,7 @@ from panterra.recipes.plan import (
     published_facts,
 )
 from panterra.recipes.run import make_run, write_card
+from panterra.recipes.start import Start, begin_from, inherit, noted_start, open_start
 from panterra.train.loop import Options, TrainResult, export, train
 
 
@@ -58,24 +59,34 @@ def run_pretrain(
     data: Sequence[str | Path],
     out: Path,
     *,
+    start: str | None = None,
     labelled: Path | None = None,
     check_every: int = 1000,
     options: Options,
 ) -> TrainResult:
-    """Train, going on from where an earlier start of the same run was; at the end, export the model and its card."""
+    """Train, going on from where an earlier start of the same run was; at the end, export the model and its card.
+
+    A new run starts from the weights `start`, see `panterra.recipes.start.open_start`, or from random ones.
+    """
     first = is_first_rank()
     with recorded("pretrain", model=settings.name, country=options.country) if first else nullcontext():
-        if isinstance(settings, OlmoEarthRecipe):
-            return _run_olmoearth(settings, data, out, labelled, check_every, options)
         if isinstance(settings, NanoRecipe):
+            if start is not None:
+                raise InputError(f"{settings.name} starts from weights that it calibrates itself; leave out --start")
             if data or labelled is not None:
                 raise InputError(
                     f"{settings.name} draws the places that it learns from; leave out --data and --labelled"
                 )
             return run_nano(settings, out, options)
+        began = open_start(settings, start, out)
+        if began is not None and first:
+            note(f"{'Started' if began.state else 'Going on with a run that started'} from {began.about['source']}")
+        settings = inherit(settings, None if began is None else began.about)
+        if isinstance(settings, OlmoEarthRecipe):
+            return _run_olmoearth(settings, data, out, labelled, check_every, options, began)
         if labelled is not None:
             raise InputError("nearest neighbours on the way are for OlmoEarth's runs; leave out --labelled")
-        return run_anysat(settings, [str(path) for path in data], out, options)
+        return run_anysat(settings, [str(path) for path in data], out, options, start=began)
 
 
 def _run_olmoearth(
@@ -85,6 +96,7 @@ def _run_olmoearth(
     labelled: Path | None,
     check_every: int,
     options: Options,
+    start: Start | None,
 ) -> TrainResult:
     if not data:
         raise InputError(f"{settings.name} needs a corpus; give its folder with --data, or count with --dry-run")
@@ -92,6 +104,8 @@ def _run_olmoearth(
     run = make_run(
         settings, corpora, check_every=check_every, labelled=None if labelled is None else read_labelled(labelled)
     )
+    if start is not None:
+        run = begin_from(run, start)
     try:
         result = train(run, out, options)
     except FloatingPointError as error:
@@ -113,6 +127,7 @@ def export_checkpoint(
     """Write the model of a run's newest checkpoint, or of that after `step`, to a folder."""
     if isinstance(settings, NanoRecipe):
         return export_nano(settings, out, folder, step=step)
+    settings = inherit(settings, noted_start(out))
     if isinstance(settings, AnySatRecipe):
         return export_anysat(settings, [str(path) for path in data], out, folder, step=step)
     return export(make_run(settings, [open_corpus(path) for path in data], check_every=0), out, folder, step=step)

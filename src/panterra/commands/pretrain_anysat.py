@@ -14,6 +14,7 @@ from panterra.errors import InputError
 from panterra.recipes.anysat import RUNS, AnySatRecipe, run_from
 from panterra.recipes.anysat_data import kept_statistics, open_sets, parse_folders
 from panterra.recipes.anysat_plan import AnySatPlan, plan_anysat
+from panterra.recipes.start import Start, begin_from
 from panterra.train.loop import Options, Run, TrainResult, export, train
 
 PUBLISHED_COUNTS = {
@@ -35,10 +36,13 @@ def make_run(settings: AnySatRecipe, data: Sequence[str], out: Path, *, world: i
     return run_from(settings, samples, statistics=statistics, held_out=held_out, world=ranks)
 
 
-def run_anysat(settings: AnySatRecipe, data: Sequence[str], out: Path, options: Options) -> TrainResult:
+def run_anysat(
+    settings: AnySatRecipe, data: Sequence[str], out: Path, options: Options, *, start: Start | None = None
+) -> TrainResult:
     """Train, going on from where an earlier start of the same run was; at the end, export the teacher."""
+    run = make_run(settings, data, out)
     try:
-        return train(make_run(settings, data, out), out, options)
+        return train(run if start is None else begin_from(run, start), out, options)
     except FloatingPointError as error:
         raise InputError(f"{error}; a smaller lr or precision=float32 may help, in another folder") from error
 
