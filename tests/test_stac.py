@@ -292,6 +292,7 @@ def test_scale_offset_and_unit_of_a_band_lead_to_the_declared_unit(tmp_path):
             ),
         },
     )
+    assert any("stac-extensions.github.io/raster/" in named for named in item.stac_extensions)
     pixels = open_scene([item]).read("sentinel1", BOX).pixels[0, 0].numpy()
     np.testing.assert_allclose(pixels[0], 10 * np.log10(power.astype("float64")), atol=1e-5)
     np.testing.assert_allclose(pixels[1], decibel / 1e4, rtol=1e-6)

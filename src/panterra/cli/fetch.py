@@ -25,6 +25,10 @@ def fetch(
         Parameter(consume_multiple=True, help="With --aoi a span such as 2024-01/2024-12; else YYYY-MM-DD per file."),
     ] = None,
     modalities: Annotated[list[str] | None, Parameter(consume_multiple=True, help="What to fetch.")] = None,
+    declare: Annotated[
+        Path | None,
+        Parameter(help="TOML or JSON that declares modalities of your own, and how catalogues have them."),
+    ] = None,
     source: Annotated[
         list[str] | None,
         Parameter(
@@ -77,6 +81,10 @@ def fetch(
     """
     if (aoi is None) == (from_files is None):
         raise InputError("say what to fetch: an area with --aoi, or files of your own with --from-files")
+    if declare is not None:
+        from panterra.imagery.declared import declare_modalities
+
+        declare_modalities(declare)
     if from_files is not None:
         others = {
             "--modalities": modalities,

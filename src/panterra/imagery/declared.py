@@ -20,7 +20,15 @@ COMMON_NAMES = frozenset(
     )
 )
 """STAC's common names of bands; a declared band of such a name has it as its common name too."""
+
+DECLARED: dict[str, dict[str, Any]] = {}
+"""What was declared in this program, by name: the options of `declare_modality` as plain JSON.
+
+A scene carries those of its modalities, so that other programs know them too.
+"""
 _KEYS = ("bands", "gsd", "dated", "unit", "title", "nodata", "plausible")
+_STAC = "stac"
+"""The table of a declaration that says how catalogues have the modality, see `foreign_items.declare_source`."""
 
 
 def declare_modality(
@@ -73,13 +81,24 @@ def declare_modality(
     known = MODALITIES.setdefault(name, row)
     if other := [f.name for f in fields(Modality) if getattr(known, f.name) != getattr(row, f.name)]:
         raise InputError(f"a modality {name!r} with another {', '.join(other)} is known already; choose another name")
+    told: dict[str, Any] = {
+        "title": row.title,
+        "bands": waves if any(waves.values()) else list(waves),
+        "gsd": gsd,
+        "dated": dated,
+        "unit": unit,
+        "nodata": nodata,
+        "plausible": None if plausible is None else list(ends),
+    }
+    DECLARED[name] = {key: value for key, value in told.items() if value is not None}
     return known
 
 
 def declare_modalities(path: str | Path) -> tuple[Modality, ...]:
     """Declare what a TOML or JSON file describes: a table for each modality, with the options of `declare_modality`.
 
-    Raises InputError.
+    Its table `stac`, if it has one, says how catalogues have the modality, see `foreign_items.declare_source`. Raises
+    InputError.
     """
     path = Path(path)
     try:
@@ -88,22 +107,34 @@ def declare_modalities(path: str | Path) -> tuple[Modality, ...]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read as a declaration ({reason}); write TOML, or JSON as .json") from None
+    return declare_tables(tables, source=str(path))
+
+
+def declare_tables(tables: Any, *, source: str) -> tuple[Modality, ...]:
+    """Declare what tables by name describe; `source` is where messages say that they came from."""
     if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
         raise InputError(
-            f"{path} declares no modality; write a table for each, such as [drone], with its bands and gsd"
+            f"{source} declares no modality; write a table for each, such as [drone], with its bands and gsd"
         )
-    return tuple(_declared(path, name, table) for name, table in tables.items())
+    return tuple(_declared(source, name, table) for name, table in tables.items())
 
 
-def _declared(path: Path, name: str, table: Mapping[str, Any]) -> Modality:
-    if unknown := [key for key in table if key not in _KEYS]:
-        raise InputError(f"{path} says {unknown[0]} of {name}, which nothing knows; known: {', '.join(_KEYS)}")
+def _declared(source: str, name: str, table: Mapping[str, Any]) -> Modality:
+    known = (*_KEYS, _STAC)
+    if unknown := [key for key in table if key not in known]:
+        raise InputError(f"{source} says {unknown[0]} of {name}, which nothing knows; known: {', '.join(known)}")
     if absent := [key for key in ("bands", "gsd") if key not in table]:
-        raise InputError(f"{path} does not say the {' and '.join(absent)} of {name}; add it")
+        raise InputError(f"{source} does not say the {' and '.join(absent)} of {name}; add it")
     try:
-        return declare_modality(name, **table)
+        row = declare_modality(name, **{key: value for key, value in table.items() if key != _STAC})
+        if _STAC in table:
+            # It brings libraries of imagery, which a declaration alone does without.
+            from panterra.imagery.foreign_items import declare_source
+
+            declare_source(row, table[_STAC])
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
+    return row
 
 
 def _is_number(value: Any) -> bool:

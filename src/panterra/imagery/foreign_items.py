@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from panterra.errors import InputError
-from panterra.imagery.items import MODALITY, SceneAsset, SceneBand, SceneItem, date_of, resolve
+from panterra.imagery.items import CONVERSIONS, MASKS, MODALITY, SceneAsset, SceneBand, SceneItem, date_of, resolve
 from panterra.modalities import MODALITIES, Modality
 
 
@@ -30,6 +30,8 @@ class Source:
     """Where the item does not say; None: as `MODALITIES` says."""
     mask: tuple[str, str] | None = None
     """Asset key and which of `MASKS`."""
+    licence: str | None = None
+    """Of a declared modality."""
 
 
 def _keys(bands: str, keys: str) -> dict[str, str | tuple[str, ...]]:
@@ -134,6 +136,9 @@ SOURCES = (
     ),
 )
 
+DECLARED_SOURCES: dict[str, Source] = {}
+"""How collections have the modalities that somebody declared, by their names."""
+
 REFUSED = {
     "sentinel-1-grd": "is uncalibrated amplitude on a slanted grid; take sentinel-1-rtc, or calibrate it to dB",
     "landsat-c2-l2": "is surface reflectance of an older Landsat, which no modality declares; take level 1",
@@ -142,14 +147,75 @@ REFUSED = {
 """Collections that look usable and are not -> why, and what to take instead."""
 
 
+def declare_source(spec: Modality, table: Mapping[str, Any]) -> Source:
+    """Say how catalogues have a declared modality; from now on it can be fetched.
+
+    `collections` are their names. `assets` tells the key of each asset and its band, or its bands in the file's order;
+    without, bands are assets of their own names. Numbers of files times `scale` plus `offset` are in the declared unit,
+    or in `unit`, which `CONVERSIONS` knows; `nodata` marks missing ones. `mask` is the key of an asset and which of
+    `MASKS` reads its codes. `platforms` and `licence` are as STAC has them. Raises InputError.
+    """
+    _check_source(spec, table)
+    assets, mask = table.get("assets", {band: band for band in spec.band_names}), table.get("mask")
+    source = Source(
+        **{
+            **table,
+            "modalities": (spec.name,),
+            "collections": tuple(table["collections"]),
+            "platforms": tuple(table.get("platforms", ())),
+            "assets": {key.lower(): bands if isinstance(bands, str) else tuple(bands) for key, bands in assets.items()},
+            "mask": None if mask is None else (mask[0].lower(), mask[1]),
+        }
+    )
+    DECLARED_SOURCES[spec.name] = source
+    return source
+
+
+def _check_source(spec: Modality, table: Any) -> None:
+    """Refuse what no catalogue can have."""
+    name, known = spec.name, sorted({f.name for f in fields(Source)} - {"modalities"})
+    if not isinstance(table, Mapping) or (unknown := sorted(set(table) - set(known))):
+        said = unknown[0] if isinstance(table, Mapping) else repr(table)
+        raise InputError(f"how catalogues have {name} is told by {', '.join(known)}; {said} came")
+    for key, given in (("collections", table.get("collections")), ("platforms", table.get("platforms", []))):
+        if not _are_names(given) or (key == "collections" and not given):
+            raise InputError(f"the {key} of {name} are {given!r}; give a list of names")
+    assets = table.get("assets", {band: band for band in spec.band_names})
+    files = [[b] if isinstance(b, str) else b for b in assets.values()] if isinstance(assets, Mapping) else [None]
+    if not all(map(_are_names, files)):
+        raise InputError(f"the assets of {name} are {assets!r}; give each asset its band or list of bands")
+    if sorted(held := [band for bands in files for band in bands or ()]) != sorted(spec.band_names):
+        raise InputError(f"the assets of {name} hold {', '.join(held)}; wanted {', '.join(spec.band_names)}, each once")
+    unit, mask = table.get("unit"), table.get("mask")
+    if unit not in (None, spec.unit) and (unit, spec.unit) not in CONVERSIONS:
+        able = ", ".join([spec.unit, *(a for a, b in CONVERSIONS if b == spec.unit)])
+        raise InputError(f"files of {name} are in {unit!r}; choose one of {able}")
+    if mask is not None and not (_are_names(mask) and len(mask) == 2 and mask[1] in MASKS):
+        raise InputError(f"the mask of {name} is {mask!r}; give the key of its asset and one of {', '.join(MASKS)}")
+    if wrong := [key for key in ("scale", "offset", "nodata") if not isinstance(table.get(key, 0), int | float)]:
+        raise InputError(f"the {wrong[0]} of {name} is {table[wrong[0]]!r}; give a number")
+    if spec.gsd < 10 and abs(10 / spec.gsd - round(10 / spec.gsd)) > 1e-6:
+        raise InputError(
+            f"{name} has pixels of {spec.gsd:g} m, of which 10 m is no whole number; to fetch it, declare a gsd such "
+            f"as {10 / round(10 / spec.gsd):g}"
+        )
+
+
+def _are_names(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(name, str) for name in given)
+
+
 def foreign_item(raw: Mapping[str, Any], base: str | None, prefer: Sequence[str]) -> SceneItem:
     """Understand an item of a known collection; `prefer` chooses where it can serve several modalities."""
     properties = raw["properties"]
     collection = raw.get("collection") or properties.get("odc:product")
     platform = str(properties.get("platform", "")).lower().replace("_", "-")
-    source = next(
-        (s for s in SOURCES if collection in s.collections and (not s.platforms or platform in s.platforms)), None
-    )
+    able = [
+        s
+        for s in (*SOURCES, *DECLARED_SOURCES.values())
+        if collection in s.collections and (not s.platforms or platform in s.platforms)
+    ]
+    source = next((s for s in able if set(s.modalities) & set(prefer)), able[0] if able else None)
     if source is None:
         if collection in REFUSED:
             raise InputError(f"item {raw['id']}: {collection} {REFUSED[collection]}")

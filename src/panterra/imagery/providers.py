@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from panterra.errors import InputError
-from panterra.imagery.foreign_items import SOURCES
+from panterra.imagery.declared import DECLARED
+from panterra.imagery.foreign_items import DECLARED_SOURCES, SOURCES
 from panterra.imagery.signing import Access, copernicus_access, sign_planetary_computer, sign_s3
 from panterra.modalities import MODALITIES
 
@@ -32,6 +33,12 @@ LICENCES: Mapping[str, str] = {
     "srtm": "Copernicus DEM, free with attribution (ESA, Airbus)",
 }
 """Whoever serves them, the terms are those of who made them."""
+
+
+def licence_of(modality: str) -> str:
+    """Tell in words the licence of a modality, wherever it comes from."""
+    declared = DECLARED_SOURCES.get(modality)
+    return LICENCES.get(modality) or (declared and declared.licence) or "unknown"
 
 
 def licence_fields(words: str) -> dict[str, str]:
@@ -137,9 +144,18 @@ def find_provider(name: str) -> Provider:
 
 
 def serving(modality: str, providers: Sequence[Provider]) -> Provider:
-    """Return the first provider that has a modality; one that is an address may have any."""
+    """Return the first provider that has a modality; one that is an address may have any.
+
+    A declared modality is looked for at the first address, else at the first provider.
+    """
     if modality not in MODALITIES:
         raise InputError(f"no modality {modality!r}; known: {', '.join(sorted(MODALITIES))}")
+    if modality in DECLARED_SOURCES and providers:
+        return next((provider for provider in providers if not provider.collections), providers[0])
+    if modality in DECLARED:
+        raise InputError(
+            f"nothing says which collections hold {modality}; add a table [{modality}.stac] to its declaration"
+        )
     for provider in providers:
         if modality in provider.collections or not provider.collections:
             return provider
@@ -151,4 +167,5 @@ def serving(modality: str, providers: Sequence[Provider]) -> Provider:
 
 def collections_of(modality: str) -> tuple[str, ...]:
     """List the collections, anywhere, whose items can be read as a modality."""
-    return tuple(dict.fromkeys(c for source in SOURCES if modality in source.modalities for c in source.collections))
+    sources = (*SOURCES, *DECLARED_SOURCES.values())
+    return tuple(dict.fromkeys(c for source in sources if modality in source.modalities for c in source.collections))

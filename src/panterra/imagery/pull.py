@@ -21,9 +21,10 @@ from odc.geo.geobox import GeoBox
 from panterra.errors import InputError
 from panterra.imagery.choose import Candidate
 from panterra.imagery.composite import blocks, compose_block
+from panterra.imagery.declared import DECLARED
 from panterra.imagery.download import Advance, fetch_pieces, save_json
 from panterra.imagery.items import SceneItem
-from panterra.imagery.providers import LICENCE, LICENCES, Provider, licence_fields
+from panterra.imagery.providers import LICENCE, Provider, licence_fields, licence_of
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import SCENE_FILE, Scene, make_item, modality_grid, open_scene, save_scene
 from panterra.imagery.wish import Connect, Image, Plan, Wish, connect, make_plan
@@ -230,7 +231,9 @@ def _write(
 def storage_type(spec: Modality) -> tuple[np.dtype[Any], float]:
     """Choose the type in which a modality is written, and the value that marks missing pixels."""
     nodata = spec.nodata if spec.nodata is not None else -32768.0
-    if spec.unit not in ("reflectance_1e4", "dn", "code"):
+    # Of digital numbers that somebody declared nobody knows how large they are.
+    unknown = spec.unit == "dn" and spec.nodata is None and spec.name in DECLARED
+    if unknown or spec.unit not in ("reflectance_1e4", "dn", "code"):
         return np.dtype(np.float32), nodata
     if nodata < 0:
         return np.dtype(np.int16), nodata
@@ -257,7 +260,7 @@ def _describe(image: Image, used: Sequence[Candidate], box: GeoBox, path: Path, 
     spec = MODALITIES[image.modality]
     item = make_item(image.id, image.modality, image.date, modality_grid(spec, box), {"pixels": path})
     item.properties |= {
-        **licence_fields(LICENCES.get(image.modality, "unknown")),
+        **licence_fields(licence_of(image.modality)),
         "panterra:provider": image.provider.name,
         "panterra:composite": "best" if spec.kind == "still" else wish.composite,
         "panterra:sources": [{"id": c.item.id, "collection": c.collection} for c in used],

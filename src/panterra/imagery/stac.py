@@ -27,6 +27,7 @@ from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
 from panterra.files import write_whole
+from panterra.imagery.declared import DECLARED, declare_tables
 from panterra.imagery.foreign_items import foreign_item
 from panterra.imagery.grids import bounds_in, common_crs, footprint, lonlat
 from panterra.imagery.items import (
@@ -46,6 +47,9 @@ from panterra.modalities import MODALITIES, Modality
 from panterra.sample import Batch, Observation, to_days
 
 SCENE_FILE = "scene.json"
+
+DECLARATIONS = "panterra:modalities"
+"""The member of an ItemCollection that declares modalities which somebody added, see `declared.declare_tables`."""
 
 READERS = 32
 """Threads that read files, shared by all scenes: GDAL lets go of Python's lock while it waits and decodes."""
@@ -229,13 +233,15 @@ def open_scene(
 ) -> Scene:
     """Open a folder with `scene.json`, a STAC Item or ItemCollection (file, http address, objects) as a scene.
 
-    Only the named modalities are kept, all by default. Items that cannot be used are named in `Scene.unsupported`;
-    when there is no other, that is an error.
+    Modalities that the collection declares are known from then on. Only the named ones are kept, all by default. Items
+    that cannot be used are named in `Scene.unsupported`; when there is no other, that is an error.
     """
+    content, base = _load(path_or_items)
+    if DECLARATIONS in content:
+        declare_tables(content[DECLARATIONS], source=_name(path_or_items))
     unknown = [name for name in modalities or () if name not in MODALITIES]
     if unknown:
         raise InputError(f"no modality {unknown[0]!r}; known: {', '.join(sorted(MODALITIES))}")
-    content, base = _load(path_or_items)
     items, unsupported = [], []
     for raw in content["features"]:
         try:
@@ -301,11 +307,17 @@ def make_item(
                 else {},
             ),
         )
+    bands = [band for asset in item.assets.values() for band in asset.extra_fields.get("bands", ())]
+    if any("raster:scale" in band or "raster:offset" in band for band in bands):
+        item.stac_extensions.append("https://stac-extensions.github.io/raster/v2.0.0/schema.json")
     return item
 
 
 def save_scene(folder: str | Path, items: Sequence[pystac.Item], title: str, licence: str | None) -> Path:
-    """Write `scene.json` into a folder; files below the folder are named relative to it."""
+    """Write `scene.json` into a folder; files below the folder are named relative to it.
+
+    What was declared of the items' modalities goes along, so that whoever opens the scene knows them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     features = []
@@ -316,6 +328,9 @@ def save_scene(folder: str | Path, items: Sequence[pystac.Item], title: str, lic
         features.append(feature | {"links": []})
     content: dict[str, Any] = {"type": "FeatureCollection", "title": title}
     content |= {"license": licence} if licence else {}
+    seen = dict.fromkeys(item.properties.get(MODALITY) for item in items)
+    if tables := {name: DECLARED[name] for name in seen if name in DECLARED}:
+        content[DECLARATIONS] = tables
     return write_whole(folder / SCENE_FILE, json.dumps(content | {"features": features}, indent=1))
 
 

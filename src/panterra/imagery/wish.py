@@ -27,7 +27,9 @@ from panterra.imagery.choose import (
     within,
 )
 from panterra.imagery.composite import How
+from panterra.imagery.declared import DECLARED
 from panterra.imagery.download import save_json
+from panterra.imagery.foreign_items import DECLARED_SOURCES
 from panterra.imagery.providers import Provider, serving
 from panterra.imagery.search import search
 from panterra.imagery.signing import Access
@@ -95,6 +97,8 @@ class Plan:
         """All that the bytes of the result depend on, but for what the providers answer."""
         sources = {image.modality: image.provider.api for image in self.images}
         job = asdict(self.wish) | {"aoi": self.area.geometry.wkt, "sources": sources}
+        declared = {m: [DECLARED[m], asdict(DECLARED_SOURCES[m])] for m in sources if m in DECLARED_SOURCES}
+        job |= {"declared": declared} if declared else {}
         return dict(json.loads(json.dumps(job)))
 
     def bytes_of(self, image: Image) -> int:
@@ -169,6 +173,8 @@ def _search(
     found: dict[tuple[Any, Any], dict[str, Any]] = {}
     for bounds in area.searched:
         asked = [provider.api, modality, list(bounds), str(first), str(last)]
+        if modality in DECLARED_SOURCES:
+            asked.append(list(DECLARED_SOURCES[modality].collections))
         path = kept / f"search-{modality}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             answer = list(json.loads(path.read_text("utf-8"))["features"])
