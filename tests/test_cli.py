@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import rasterio
 
 from panterra.cli import app, main
+from panterra.models.adapters.offers import ADAPTERS
 from panterra.planet import write_planet_scene
 
 COMMANDS = (
@@ -94,12 +96,36 @@ def test_models_say_their_licence(capsys):
     out = capsys.readouterr().out
     assert "OlmoEarth Artifact License" in out
     assert "military" in out
-    cards = answer(capsys, "models")
+    cards = {name: card for name, card in answer(capsys, "models").items() if "package" not in card}
     assert cards["olmoearth-v1.2-nano"]["dim"] == 128
     assert cards["anysat-base"]["licence"] == "MIT"
     assert all(bool(card["licence"]) == bool(card["address"] or card["packaged"]) for card in cards.values())
     unpublished = [name for name, card in cards.items() if card["address"] is None]
     assert unpublished == ["panterra-nano", "anysat-tiny", "anysat-small"]
+
+
+def test_models_of_other_packages_are_listed_without_importing_those(capsys, tmp_path, monkeypatch):
+    """Packages that cannot be imported stand in for two of the real ones."""
+    for name in ("torchgeo", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')")
+        (tmp_path / f"{name}-9.8.7.dist-info").mkdir()
+        (tmp_path / f"{name}-9.8.7.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 9.8.7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    listed = {name: card for name, card in answer(capsys, "models").items() if "package" in card}
+    assert listed.keys() == ADAPTERS.keys()
+    assert listed["presto"] == {
+        "name": "presto",
+        "package": "torchgeo",
+        "needs": "torchgeo>=0.9",
+        "installed": "9.8.7",
+    }
+    assert listed["dinov3-base"]["installed"] == "9.8.7"
+    assert main(["models"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["presto"] == ["torchgeo>=0.9", "9.8.7"]
+    if find_spec("terratorch") is None:
+        assert listed["clay-v1"]["installed"] is None
+        assert rows["clay-v1"] == ["terratorch>=1.2", "no"]
 
 
 @pytest.fixture(scope="module")

@@ -273,10 +273,8 @@ RAY = """
 import os, signal, sys
 from pathlib import Path
 import ray
-from panterra.mapping.run import embed
-import test_cluster
 
-scene, model, out, mark = sys.argv[1:]
+mark, *words = sys.argv[1:]
 ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
 killed = []
 
@@ -292,25 +290,46 @@ def kill_one(done, total):
             continue
 
 
-embed(scene, model, out, on="ray", progress=kill_one, note=print, **test_cluster.CUT)
+{job}
 assert killed
 ray.shutdown()
 """
+EMBED = """
+from panterra.mapping.run import embed
+import test_cluster
+
+scene, model, out = words
+embed(scene, model, out, on="ray", progress=kill_one, note=print, **test_cluster.CUT)
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed; see panterra[ray]")
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker to kill in /proc")
-def test_ray_makes_the_same_bytes_even_where_a_worker_is_killed(scene, model, alone, tmp_path):
-    script, mark = tmp_path / "driver.py", f"PANTERRA_TEST={tmp_path}"
-    script.write_text(RAY)
-    names = dict([mark.split("=", 1)])
-    place = {**os.environ, **names, "PYTHONPATH": str(Path(__file__).parent), "RAY_worker_niceness": "0"}
+def on_ray(test):
+    """Mark a test that starts a Ray cluster and kills a worker."""
+    for mark in (
+        pytest.mark.slow,
+        pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed; see panterra[ray]"),
+        pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker to kill in /proc"),
+    ):
+        test = mark(test)
+    return test
+
+
+def drive_ray(folder, job, *words):
+    """Run a job that hands `kill_one` its progress, in a process of its own; return what it printed."""
+    script, mark = folder / "driver.py", f"PANTERRA_TEST={folder}"
+    script.write_text(RAY.replace("{job}", job))
+    place = {**os.environ, "PANTERRA_TEST": str(folder), "PYTHONPATH": str(Path(__file__).parent)}
+    place |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
     place["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, str(script), str(scene), str(model), str(tmp_path / "e.zarr"), mark]
+    command = [sys.executable, str(script), mark, *map(str, words)]
     ran = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "workers with" in ran.stdout
+    return ran.stdout
+
+
+@on_ray
+def test_ray_makes_the_same_bytes_even_where_a_worker_is_killed(scene, model, alone, tmp_path):
+    assert "workers with" in drive_ray(tmp_path, EMBED, scene, model, tmp_path / "e.zarr")
     assert bytes_of(tmp_path / "e.zarr") == bytes_of(alone)
 
 

@@ -19,7 +19,7 @@ from panterra.finetune.model import Base, FineTuned, Setup
 from panterra.imagery.stac import open_scene
 from panterra.mapping import detections, sources
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
-from test_cluster import block_of, write_scene
+from test_cluster import block_of, drive_ray, on_ray, write_scene
 from test_finetune_detection import plant_ships
 
 
@@ -241,3 +241,27 @@ def test_other_processes_list_the_same_and_a_poisoned_tile_loses_no_other(tmp_pa
     assert not (tmp_path / "ships.geojson.parts").exists()
     other = detections.detect(scene, model, tmp_path / "other.geojson", on="processes:1", **FEW)
     assert other.path.read_bytes() == whole.path.read_bytes()
+
+
+DETECT = """
+from panterra.cli import main
+from panterra.mapping.detections import detect
+import test_detections
+
+scene, model, out, other = words
+detect(scene, model, out, on="ray", progress=kill_one, **test_detections.FEW)
+main(f"detect {scene} --model {model} --out {other} --on ray --threshold 0.08 --tile-px 48".split())
+"""
+
+
+@on_ray
+def test_ray_lists_the_same_even_where_a_worker_is_killed(tmp_path):
+    scene, model = write_scene(tmp_path / "scene"), tmp_path / "model"
+    an_untrained_detector().save(model)
+    whole = detections.detect(scene, model, tmp_path / "whole.geojson", **FEW)
+    assert whole.counts["ship"] > 20
+    killed, command = tmp_path / "killed.geojson", tmp_path / "command.geojson"
+    said = drive_ray(tmp_path, DETECT, scene, model, killed, command)
+    assert f"{whole.counts['ship']}" in said
+    assert killed.read_bytes() == command.read_bytes() == whole.path.read_bytes()
+    assert "panterra:failed_tiles" not in json.loads((tmp_path / "killed.geojson.json").read_text())["properties"]

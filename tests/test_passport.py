@@ -1,11 +1,13 @@
 import datetime as dt
 import hashlib
 import json
+import re
 
 import pystac
 import pystac.validation
 import pytest
 from affine import Affine
+from odc.geo import CRS
 from odc.geo.geobox import GeoBox
 
 from panterra.energy import EnergyReport
@@ -15,15 +17,19 @@ BOX = GeoBox((30, 45), Affine(40, 0, 500000, 0, -40, 5000000), "EPSG:32633")
 ENERGY = EnergyReport(kwh=0.002, seconds=7.2, method="modelled", detail="by constants")
 
 
-def write(folder, dates=(dt.date(2023, 4, 15), dt.date(2023, 7, 1))):
+DATES = (dt.date(2023, 4, 15), dt.date(2023, 7, 1))
+WATER = {"value": 1, "name": "water"}
+
+
+def write(folder, dates=DATES, classes=(WATER,), maps=1, box=BOX):
     (folder / "map.tif").write_bytes(b"pixels")
-    classes = [{"value": 1, "name": "water"}]
-    asset = pystac.Asset(str(folder / "map.tif"), extra_fields={"classification:classes": classes})
+    fields = {"classification:classes": list(classes)}
+    assets = [pystac.Asset(str(folder / "map.tif"), extra_fields=dict(fields)) for _ in range(maps)]
     return write_passport(
         folder / "map.tif.json",
-        BOX,
+        box,
         dates,
-        {"map": asset},
+        {"map" + str(n or ""): asset for n, asset in enumerate(assets)},
         energy=ENERGY,
         licence="CC-BY-4.0",
         properties={"panterra:model": {"name": "some"}},
@@ -52,6 +58,30 @@ def test_it_conforms_to_the_schema_of_stac(tmp_path):
     item = json.loads((tmp_path / "map.tif.json").read_text())
     # The extensions' own schemas are on the internet.
     pystac.validation.validate_dict(item | {"stac_extensions": []})
+
+
+def test_names_of_classes_are_those_that_the_extension_allows(tmp_path):
+    names = ["water", "wet meadow", "Röhricht / reed", "森林", "a-b_3"]
+    item = write(tmp_path, classes=[{"value": n, "name": name} for n, name in enumerate(names)], maps=2)
+    told = item.assets["map"].extra_fields["classification:classes"]
+    assert [c["name"] for c in told] == ["water", "wet-meadow", "R-hricht-reed", "3", "a-b_3"]
+    assert all(re.fullmatch("[0-9A-Za-z_-]+", c["name"]) for c in told)
+    assert [c.get("title", c["name"]) for c in told] == names
+    assert len(set(item.stac_extensions)) == len(item.stac_extensions)
+
+
+def test_a_grid_of_no_catalogued_crs_is_told_in_full(tmp_path):
+    crs = CRS("+proj=laea +lat_0=52.5 +lon_0=11 +ellps=GRS80")
+    told = write(tmp_path, box=GeoBox(BOX.shape, BOX.affine, crs)).properties
+    assert told["proj:code"] is None
+    assert CRS(told["proj:wkt2"]) == crs
+    assert "proj:wkt2" not in write(tmp_path).properties
+
+
+def test_no_classes_are_no_list(tmp_path):
+    item = write(tmp_path, classes=())
+    assert "classification:classes" not in item.assets["map"].extra_fields
+    assert not any("classification" in url for url in item.stac_extensions)
 
 
 def test_without_dates_the_item_is_of_now(tmp_path):

@@ -8,12 +8,14 @@ from panterra.cli.options import Json
 
 
 def models(*, as_json: Json = False) -> None:
-    """List the models, their sizes and the licences of their weights."""
+    """List the models, their sizes and the licences of their weights, and those that other packages offer."""
+    from panterra.commands.models import other_models
     from panterra.commands.terminal import show_json, show_table
     from panterra.models.weights import MODELS
 
+    others = other_models()
     if as_json:
-        show_json({name: asdict(card) for name, card in MODELS.items()})
+        show_json({name: asdict(card) for name, card in MODELS.items()} | {m.name: asdict(m) for m in others})
         return
     show_table(
         ["name", "family", "parameters", "embedding", "licence", "weights from"],
@@ -21,3 +23,5 @@ def models(*, as_json: Json = False) -> None:
     )
     for terms in dict.fromkeys(m.terms for m in MODELS.values()):
         print(f"\n{terms}")
+    print("\nModels of other packages, whose weights have terms of their own:\n")
+    show_table(["name", "package", "installed"], [(m.name, m.needs, m.installed or "no") for m in others])

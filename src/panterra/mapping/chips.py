@@ -20,6 +20,7 @@ from odc.geo.geobox import GeoBox
 
 from panterra.energy import measure_energy
 from panterra.errors import InputError
+from panterra.files import unfinished
 from panterra.mapping.embeddings import (
     INT8_RULE,
     NO_BYTE,
@@ -142,9 +143,12 @@ def write_chips(
         raise InputError(f"chips of {side} patches were asked for; wanted 1 or more along the side")
     grid = chip_grid(store.box, side)
     schema = _schema(store, grid, side)
-    temporary = out.with_name(f".{out.name}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with measure_energy(country=country) as meter, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with (
+        measure_energy(country=country) as meter,
+        unfinished(out) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
         windows = store.windows(multiple=side)
         for number, window in enumerate(windows, start=1):
             rows = _rows(store, window, side, grid, schema)
@@ -152,7 +156,6 @@ def write_chips(
                 writer.write_table(rows, row_group_size=rows.num_rows)
             if progress:
                 progress(number, len(windows))
-    temporary.replace(out)
     asset = pystac.Asset(
         str(out.absolute()),
         media_type="application/vnd.apache.parquet",

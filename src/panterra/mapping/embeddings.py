@@ -339,8 +339,9 @@ def proj_fields(box: GeoBox) -> dict[str, Any]:
     """Say where a grid lies in the words of STAC's projection extension."""
     assert box.crs is not None
     a, extent = box.affine, box.extent.boundingbox
+    crs = {"proj:code": f"EPSG:{box.crs.epsg}"} if box.crs.epsg else {"proj:code": None, "proj:wkt2": box.crs.to_wkt()}
     return {
-        "proj:code": f"EPSG:{box.crs.epsg}" if box.crs.epsg is not None else None,
+        **crs,
         "proj:shape": [int(n) for n in box.shape],
         "proj:transform": [float(v) for v in (a.a, a.b, a.c, a.d, a.e, a.f)],
         "proj:bbox": [float(v) for v in extent.bbox],

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ EXTENSIONS = (
     "https://stac-extensions.github.io/file/v2.1.0/schema.json",
 )
 CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
+CLASSES = "classification:classes"
 
 
 def write_passport(
@@ -79,10 +81,18 @@ def write_passport(
         asset.extra_fields.update({"file:checksum": checksum(file), "file:size": size(file)})
         asset.href = "./" + os.path.relpath(file, path.parent)
         item.add_asset(name, asset)
-        if "classification:classes" in asset.extra_fields:
-            item.stac_extensions.append(CLASSIFICATION)
+        if classes := asset.extra_fields.pop(CLASSES, ()):
+            asset.extra_fields[CLASSES] = [_class(stated) for stated in classes]
+            if CLASSIFICATION not in item.stac_extensions:
+                item.stac_extensions.append(CLASSIFICATION)
     write_whole(path, json.dumps(item.to_dict(include_self_link=False), indent=1) + "\n")
     return item
+
+
+def _class(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a class whose name may be any text: the extension allows no blanks in names, but any text as title."""
+    name = re.sub(r"[^0-9A-Za-z_-]+", "-", stated["name"]).strip("-") or str(stated["value"])
+    return {**stated, "name": name} | ({"title": stated["name"]} if name != stated["name"] else {})
 
 
 def software() -> dict[str, str]:

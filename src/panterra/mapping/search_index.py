@@ -25,8 +25,11 @@ Progress = Callable[[int, int], None]
 
 PART_VECTORS = 2**21
 """Vectors of a part of an index: building holds one part in memory, D + 8 bytes a vector; a search maps it."""
-MOST_LISTS = 2**12
-"""A build compares every vector with every list, so its cost per vector grows up to this number and no further."""
+MOST_LISTS = 2**10
+"""A build compares every vector with every list, so its cost per vector grows up to this number and no further.
+
+Of a part it makes lists of 2048 vectors, about as many as there are lists to choose from.
+"""
 TRAINING = 40
 """Vectors per list that the lists are learned from; fewer make poor lists."""
 REFINED = 4
