@@ -2,6 +2,7 @@
 
     python benchmarks/pretrain.py                          # every case and the loader
     python benchmarks/pretrain.py --models v1-nano --cases 0 --threads 1
+    python benchmarks/pretrain.py --cases 2 3 --no-memory  # crops as the official recipes draw them
 
 One JSON line per case. A step is forward pass, loss, backward pass and AdamW. Times are medians over interleaved steps,
 as processor time and on the clock; speed-ups are medians of the ratios of neighbouring steps' processor times, which do
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from panterra.data.olmoearth_h5 import LENGTH, PretrainingBatches, Sample, open_corpus, write_corpus
+from panterra.data.olmoearth_h5 import (
+    LENGTH,
+    TOKEN_BUDGET,
+    PretrainingBatches,
+    Sample,
+    draw_crop_size,
+    num_dates,
+    open_corpus,
+    write_corpus,
+)
 from panterra.modalities import MODALITIES
 from panterra.models.normalize import normalize_olmoearth
 from panterra.models.olmoearth import OlmoEarthConfig, released_config
@@ -49,16 +60,35 @@ TILE_PX, TILES = 128, 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Crops of patches of 4 pixels, nine modalities."""
+    """Crops of nine modalities."""
 
     batch: int
     side_patches: int
     dates: int
+    patch_px: int = PATCH_PX
+    gaps: bool = False
+    """Whether each date of a series is missing one time in six, and each map of a sample one time in four."""
+
+
+def draw_cases(count: int, *, gaps: bool) -> tuple[Case, ...]:
+    """Draw crops as the official recipes do: patches of 1 to 8 px, 1 to 12 a side, dates for 2,250 tokens of v1."""
+    config, rng = released_config("v1", "nano"), np.random.default_rng(0)
+    dates = partial(num_dates, budget=TOKEN_BUDGET, modalities=config.modalities, groups=config.groups)
+    sizes = [
+        draw_crop_size(rng, tile_px=TILE_PX, patch_px=range(1, 9), side_patches=range(1, 13), dates=dates)
+        for _ in range(count)
+    ]
+    return tuple(
+        Case(batch=4, side_patches=size.side_patches, dates=size.dates, patch_px=size.patch_px, gaps=gaps)
+        for size in sizes
+    )
 
 
 CASES = {
-    "4 x 4 patches, 6 dates": Case(batch=4, side_patches=4, dates=6),
-    "6 x 6 patches, 9 dates": Case(batch=8, side_patches=6, dates=9),
+    "4 x 4 patches, 6 dates": (Case(batch=4, side_patches=4, dates=6),),
+    "6 x 6 patches, 9 dates": (Case(batch=8, side_patches=6, dates=9),),
+    "crops as in the recipes, nothing missing": draw_cases(6, gaps=False),
+    "crops as in the recipes, with gaps": draw_cases(6, gaps=True),
 }
 
 
@@ -83,14 +113,18 @@ def make_views(name: str, case: Case, seed: int) -> Views:
     config = released_config(*name.split("-"))
     masking = V1_MASKING if name.startswith("v1-") else TIME_MASKING
     dates = {m: case.dates if MODALITIES[m].kind == "series" else 1 for m in config.modalities}
-    grid, side = (case.batch, case.side_patches, case.side_patches), case.side_patches * PATCH_PX
+    grid, side = (case.batch, case.side_patches, case.side_patches), case.side_patches * case.patch_px
     inputs = {
         m: torch.randn(case.batch, t, len(MODALITIES[m].bands), side, side, generator=g) for m, t in dates.items()
     }
-    missing = {m: torch.zeros(*grid, t, len(config.groups(m)), dtype=torch.bool) for m, t in dates.items()}
+    missing = {}
+    for m, t in dates.items():
+        share = (1 / 6 if MODALITIES[m].kind == "series" else 1 / 4) if case.gaps else 0.0
+        gone = torch.rand(case.batch, t, generator=g) < share if share else torch.zeros(case.batch, t, dtype=torch.bool)
+        missing[m] = gone[:, None, None, :, None].expand(*grid, t, len(config.groups(m)))
     stamps = torch.tensor([[15, i % 12, 2021] for i in range(case.dates)]).expand(case.batch, -1, -1)
     masks = [make_masks(missing, masking, generator=g) for _ in range(2)]
-    return Views(tuple(View(inputs=inputs, timestamps=stamps, masks=m, patch_px=PATCH_PX) for m in masks))
+    return Views(tuple(View(inputs=inputs, timestamps=stamps, masks=m, patch_px=case.patch_px) for m in masks))
 
 
 def bands_last(views: Views) -> Views:
@@ -121,41 +155,53 @@ def stepper(name: str, kind: str) -> Callable[[Views], float]:
     return step
 
 
-def measure(name: str, label: str, case: Case, args: argparse.Namespace) -> dict[str, object]:
-    steps = {kind: stepper(name, kind) for kind in KINDS}
-    views = make_views(name, case, 0)
-    given = {kind: bands_last(views) if kind == "plain" else views for kind in KINDS}
-    cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
+def measure(name: str, label: str, cases: tuple[Case, ...], args: argparse.Namespace) -> dict[str, object]:
+    kinds = ("plain", *(kind for kind in KINDS if kind in args.kinds))
+    steps = {kind: stepper(name, kind) for kind in kinds}
+    batches = [make_views(name, case, seed) for seed, case in enumerate(cases)]
+    cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
+    wall: dict[str, list[float]] = {kind: [] for kind in kinds}
     for kind, step in steps.items():
-        step(given[kind])
-    begin = time.perf_counter()
-    while len(cpu["plain"]) < 3 or (time.perf_counter() - begin < args.seconds and len(cpu["plain"]) < 50):
+        step(given(batches[0], kind))
+    begin, least = time.perf_counter(), max(3, len(cases))
+    for views in cycle(batches):
+        turns = len(cpu["plain"])
+        if turns % len(cases) == 0 and turns >= least and (time.perf_counter() - begin > args.seconds or turns >= 50):
+            break
         for kind, step in steps.items():
+            mine = given(views, kind)
             start = time.process_time(), time.perf_counter()
-            step(given[kind])
+            step(mine)
             cpu[kind].append(time.process_time() - start[0])
             wall[kind].append(time.perf_counter() - start[1])
-    row: dict[str, object] = {"model": name, "case": label, "batch": case.batch, "threads": args.threads}
-    row["steps"] = len(cpu["plain"])
-    for kind in KINDS:
+    batch = cases[0].batch
+    row: dict[str, object] = {"model": name, "case": label, "batch": batch, "threads": args.threads}
+    row["steps"] = turns
+    for kind in kinds:
         row[f"{kind}_cpu_s"] = round(statistics.median(cpu[kind]), 3)
-        row[f"{kind}_samples_per_s"] = round(case.batch / statistics.median(wall[kind]), 2)
+        row[f"{kind}_samples_per_s"] = round(batch / statistics.median(wall[kind]), 2)
+        row[f"{kind}_samples_per_cpu_s"] = round(batch / statistics.median(cpu[kind]), 2)
         if kind != "plain":
-            row[f"{kind}_speedup"] = round(
-                statistics.median(a / b for a, b in zip(cpu["plain"], cpu[kind], strict=True)), 2
-            )
-    for kind in KINDS if args.memory else ():
+            ratios = [a / b for a, b in zip(cpu["plain"], cpu[kind], strict=True)]
+            row[f"{kind}_speedup"] = round(statistics.median(ratios), 2)
+            row[f"{kind}_speedup_quartiles"] = [round(float(x), 2) for x in np.quantile(ratios, [0.25, 0.75])]
+            row[f"{kind}_speedup_of_sums"] = round(sum(cpu["plain"]) / sum(cpu[kind]), 2)
+    for kind in kinds if args.memory else ():
         with mp.get_context("spawn").Pool(1) as pool:
-            row[f"{kind}_growth_mb"], row[f"{kind}_peak_mb"] = pool.apply(peak_memory, (name, case, kind, args.threads))
+            figures = pool.apply(peak_memory, (name, cases[-1], kind, args.threads))
+            row[f"{kind}_growth_mb"], row[f"{kind}_peak_mb"] = figures
     return row
+
+
+def given(views: Views, kind: str) -> Views:
+    """Lay a batch out as a version reads it."""
+    return bands_last(views) if kind == "plain" else views
 
 
 def peak_memory(name: str, case: Case, kind: str, threads: int) -> tuple[int, int]:
     """MB by which a second step raises this process's peak, and the peak itself."""
     torch.set_num_threads(threads)
-    step, views = stepper(name, kind), make_views(name, case, 0)
-    views = bands_last(views) if kind == "plain" else views
+    step, views = stepper(name, kind), given(make_views(name, case, 0), kind)
     step(views)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: start the peak anew
@@ -249,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--cases", nargs="*", type=int, default=list(range(len(CASES))))
+    parser.add_argument("--kinds", nargs="+", default=KINDS[1:], choices=KINDS[1:], help="beside the plain version")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0, help="of interleaved steps per case, three at least")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
@@ -257,20 +304,20 @@ def main() -> None:
     args = parser.parse_args()
     say = partial(print, flush=True)
     for index in args.cases:
-        label, case = list(CASES.items())[index]
+        label, cases = list(CASES.items())[index]
         fastest = 0.0
         for name in args.models:
             torch.set_num_threads(args.threads)
-            row = measure(name, label, case, args)
-            fastest = max(fastest, float(str(row["float32_samples_per_s"])))
+            row = measure(name, label, cases, args)
+            fastest = max(fastest, *(float(str(row[f"{kind}_samples_per_s"])) for kind in args.kinds))
             if args.curves and index == 0:
-                row |= loss_curves(name, case)
+                row |= loss_curves(name, cases[0])
             say(json.dumps(row))
-        if args.loader:
+        if args.loader and len(cases) == 1:
             for chunk_px in (None, 32):
                 with tempfile.TemporaryDirectory() as root:
                     folder = write_tiles(Path(root), chunk_px=chunk_px)
-                    batches = loader(folder, released_config("v1.2", "nano"), case)
+                    batches = loader(folder, released_config("v1.2", "nano"), cases[0])
                     row = {"loader": label, "chunk_px": chunk_px, "fastest_model_samples_per_s": fastest}
                     row["samples_per_cpu_s"] = round(deliver_alone(batches), 1)
                     row["samples_per_s"] = {f"{n}_workers": round(deliver(batches, n), 1) for n in (0, 1, 2)}

@@ -173,7 +173,7 @@ class _NormLinear(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)
         d_normed, d_weight, d_bias = _linear_backward(gradient, normed, weight)
         d_x, d_gain, d_shift = torch.ops.aten.native_layer_norm_backward(
-            d_normed.to(x.dtype), x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True]
+            d_normed, x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True]
         )
         return d_x, d_gain, d_shift, d_weight, d_bias, None
 
@@ -188,13 +188,14 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         d_active, d_weight, d_bias = _linear_backward(gradient, F.gelu(x), weight)
-        return torch.ops.aten.gelu_backward(d_active.to(x.dtype), x), d_weight, d_bias
+        return torch.ops.aten.gelu_backward.grad_input(d_active, x, grad_input=d_active), d_weight, d_bias
 
 
 def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give a linear layer's gradients: of what came in, of its weight, of its bias."""
-    rows = gradient.flatten(0, -2)
-    return gradient @ weight.to(gradient.dtype), rows.mT @ x.flatten(0, -2).to(gradient.dtype), rows.sum(0)
+    """Give a linear layer's gradients: of what came in, written over `x` where it can be, of weight and bias."""
+    rows, ins = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
+    d_weight, d_bias = rows.mT @ ins, rows.sum(0)
+    return ins.addmm_(rows, weight.to(rows.dtype), beta=0).view(x.shape).to(x.dtype), d_weight, d_bias
 
 
 def works_in_place(x: Tensor) -> bool:

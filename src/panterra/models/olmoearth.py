@@ -166,7 +166,7 @@ class PatchEmbedding(nn.Module):
         if self.pixel:
             x = x.unflatten(-1, (self.size**2, -1))
             for layer in self.pixel:
-                x = F.relu(layer(x))
+                x = layer(x).relu_()
             x = x.flatten(-2)
         x = self.proj(x)
         for layer in self.post:

@@ -191,9 +191,8 @@ class _TurnHeads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         turn, *turned = ctx.saved_tensors
         back = turn.conj().resolve_conj()
-        d_x = torch.stack(
-            [rotate(g.contiguous(), back) if i < len(turned) else g for i, g in enumerate(gradients)], dim=-3
-        )
+        d_x = torch.stack(gradients, dim=-3)
+        rotate_(d_x[..., : len(turned), :, :], back.unsqueeze(-3))
         d_angle: Tensor | None = None
         if ctx.needs_input_grad[1]:
             for g, y in zip(gradients, turned, strict=False):
