@@ -316,6 +316,7 @@ BUILDERS = {
     **{name: partial(geobench2, name) for name in DATASETS if name.startswith("gb2_")},
     "pastis": partial(miniatures.pastis_hd, side=128),
     "pastis128": partial(miniatures.pastis_hd, side=128),
+    "pastis_hd_crops": partial(miniatures.pastis_hd, side=128),
     "mados": mados,
     "eurosat_ms": eurosat_ms,
     "sen1floods11_tiles": partial(miniatures.sen1floods11, side=128),

@@ -93,6 +93,16 @@ CARDS = (
         citation="Kikaki et al. 2024, ISPRS Journal 210, 39",
     ),
     replace(
+        _KNOWN["pastis_hd"],
+        name="pastis_hd_crops",
+        title="PASTIS-HD, which crops occur",
+        opener="panterra.data.pastis:open_pastis_crops",
+        task="multilabel",
+        class_names=_KNOWN["pastis_hd"].class_names[1:],
+        target_shape=(18,),
+        options={"name": "pastis_hd_crops"},
+    ),
+    replace(
         _KNOWN["sen1floods11"],
         name="sen1floods11_tiles",
         title="Sen1Floods11, radar tiles of 640 m",

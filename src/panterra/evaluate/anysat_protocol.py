@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from panterra.errors import InputError
 from panterra.evaluate.metrics import accuracy, mean_iou, multilabel_f1, per_class
 
 
@@ -28,6 +29,36 @@ def mlp_head(dim: int, classes: int, hidden: Sequence[int] = (128, 64)) -> nn.Se
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def freeze(encoder: nn.Module, *, published: bool = False, masked: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Freeze an encoder under a probe, in place, and give those of its parameters that go on learning: none.
+
+    `published`: it stays in training mode, so that attention over dates goes on dropping a tenth; and the value that
+    stands for masked pixels of a series is learned, in the projectors of the sensors whose images come `masked`.
+    """
+    encoder.requires_grad_(False).train(published)
+    if not published:
+        return {}
+    parameters = dict(encoder.named_parameters())
+    absent = [sensor for sensor in masked if f"projectors.{sensor}.pad" not in parameters]
+    if absent:
+        raise InputError(f"the encoder has no projector with a pad for {absent[0]}; name sensors with series of images")
+    learning = {name: parameters[name] for name in (f"projectors.{sensor}.pad" for sensor in masked)}
+    for parameter in learning.values():
+        parameter.requires_grad_()
+    return learning
+
+
+def validation_scores(
+    looks: Iterable[np.ndarray], figure: Callable[[np.ndarray], np.ndarray], *, published: bool = False
+) -> list[float]:
+    """Score each look at the validation samples, from what `figure` is made of (`scoring.sums_of`, over samples).
+
+    `published`: metrics are never reset, so that each score is that of all looks so far.
+    """
+    sums = [np.asarray(look) for look in looks]
+    return [float(figure(total)) for total in (itertools.accumulate(sums) if published else sums)]
 
 
 def patches_to_pixels(outputs: Float[Tensor, "b p o"], side: int) -> Float[Tensor, "b k y x"]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from panterra.evaluate.published import ANYSAT
 
 RATES = (1e-4, 5e-4, 1e-3)
 """Of which OlmoEarth's fine-tuning keeps the one that validates best."""
@@ -91,8 +93,17 @@ class AnySatTuning:
     """Where crops of a test image begin whose answers are averaged, in pixels of the labels."""
 
 
+def _as_probed(name: str, **more: Any) -> AnySatTuning:
+    """Show a data set as its linear probe does."""
+    row = ANYSAT[name]
+    return AnySatTuning(
+        metric=row.metric, batch=row.batch, modalities=row.modalities, patch_m=row.patch_m, dense=row.dense, **more
+    )
+
+
 _COSINE = AnySatRun(schedule="epoch_cosine")
 _MLP = replace(_COSINE, head="batch_mlp")
+_PASTIS = AnySatTuning(batch=4, modalities=("spot", "sentinel2_l2a", "sentinel1"), patch_m=40)
 
 ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
     "treesatai_ts": AnySatTuning(
@@ -103,14 +114,8 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         full=_COSINE,
         scratch=_MLP,
     ),
-    "pastis_hd": AnySatTuning(
-        metric="mean_iou",
-        batch=4,
-        modalities=("spot", "sentinel2_l2a", "sentinel1"),
-        patch_m=40,
-        dense="sentinel2_l2a",
-        scratch=AnySatRun(rate=2e-4),
-    ),
+    "pastis_hd": replace(_PASTIS, metric="mean_iou", dense="sentinel2_l2a", scratch=AnySatRun(rate=2e-4)),
+    "pastis_hd_crops": replace(_PASTIS, metric="macro_f1", full=_COSINE),
     "flair": AnySatTuning(
         metric="iou_but_last",
         batch=32,
@@ -129,21 +134,9 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         full=AnySatRun(weight_decay=1e-4),
         scratch=_MLP,
     ),
-    "bradd_s1ts": AnySatTuning(metric="mean_iou", modalities=("sentinel1",), patch_m=40, dense="sentinel1"),
-    "sickle": AnySatTuning(
-        metric="mean_iou",
-        batch=12,
-        modalities=("landsat", "sentinel2_l2a", "sentinel1"),
-        patch_m=10,
-        dense="sentinel2_l2a",
-    ),
-    "timesen2crop": AnySatTuning(
-        metric="accuracy",
-        batch=2048,
-        modalities=("sentinel2_l2a",),
-        patch_m=10,
-        full=replace(_COSINE, epochs=100),
-    ),
+    "bradd_s1ts": _as_probed("bradd_s1ts"),
+    "sickle": _as_probed("sickle"),
+    "timesen2crop": _as_probed("timesen2crop", full=replace(_COSINE, epochs=100)),
     "hls_burn_scars": AnySatTuning(
         metric="mean_iou",
         batch=4,
@@ -154,4 +147,5 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
     ),
     "spacenet7": AnySatTuning(metric="mean_iou", modalities=("planet",), patch_m=40, dense="planet"),
 }
-"""By data set; others are trained like most of these. Classes of PASTIS-HD's void are no labels here."""
+"""By data set; others are trained like most of these. Classes of PASTIS-HD's void are no labels here; the published run
+on its crops from scratch lacks its encoder's settings."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from panterra.errors import InputError
 from panterra.evaluate.ranking import ScoreCounts
 from panterra.evaluate.readout import Readout
 from panterra.evaluate.scoring import FIGURES, Answers, better
+from panterra.train.optim import Plateau, Waited, wait
 
 RATES = (1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1, 5e-1)
 """The published sweep (OlmoEarth)."""
@@ -30,13 +31,15 @@ WARM = 0.1
 """Share of the epochs in which the rate rises from 0."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTUM = 0.1
-_ELEMENTS = 2**24
+_ELEMENTS = _READ = 2**20
 _CACHED = 2**18
+_PLATEAU = Plateau(figure="validation/loss", patience=10)
 _RISE = 20
 """Epochs in which AnySat's cosine rises."""
 
 Schedule = Literal["cosine", "epoch_cosine", "plateau"]
 Standardise = Literal["batch", "layer", "none"]
+Rate = TypeVar("Rate", float, Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,14 @@ class Table:
     def checked(self) -> Table:
         """Look once whether numbers are missing, instead of in every batch."""
         return replace(self, whole=not any(bool(part.isnan().any()) for part in self.x.split(1024)))
+
+    def batches(self, dealt: tuple[Int[Tensor, " b"], ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give batch after batch to learn from, of which all but the last have as many samples; reads many at once."""
+        size = len(dealt[0])
+        some = max(1, _READ // (size * self.x[0].numel()))
+        for start in range(0, len(dealt), some):
+            x, y = self.batch(torch.cat(dealt[start : start + some]), learning=True)
+            yield from zip(x.split(size), y.split(size), strict=True)
 
     def batch(self, index: Int[Tensor, " b"], *, learning: bool) -> tuple[Tensor, Tensor]:
         """Give some samples as grids of cells; of cells without data, whose numbers become 0, nothing is learned."""
@@ -161,19 +172,19 @@ class Linear:
         out: Tensor = torch.addmm(bias, seen, weight.mT).unflatten(1, (len(theta), self.width))
         return out
 
+    @torch.inference_mode()
     def gradient(
         self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"], y: Tensor, readout: Readout
     ) -> Float[Tensor, "m p"]:
         seen = self._standardise(x.flatten(0, -2), learning=True).unflatten(0, x.shape[:-1])
         weight, bias = self._joined(theta)
-        share, total = readout.share(y), theta.new_zeros(len(theta), self.width)
-        slope = torch.zeros_like(weight)
+        share, size = readout.share(y), (len(theta), self.width)
         # As many samples at a time as stay in the processor's cache.
         some = max(1, _CACHED // (len(weight) * x.shape[1:-1].numel()))
-        parts = list(zip(seen.split(some), y.split(some), strict=True))
+        parts = list(zip(seen.split(some), y.split(some), strict=True)) if some < len(y) else [(seen, y)]
 
         def read(part: Float[Tensor, "b h w d"]) -> Float[Tensor, "n m o"]:
-            out: Tensor = torch.addmm(bias, part.flatten(0, -2), weight.mT).unflatten(1, total.shape)
+            out: Tensor = torch.addmm(bias, part.flatten(0, -2), weight.mT).unflatten(1, size)
             return out
 
         overlap = None
@@ -181,11 +192,17 @@ class Linear:
             # It is of the whole batch, so that all of it is looked at twice.
             each = [readout.overlap(read(part), labels, part.shape[:3]) for part, labels in parts]
             overlap = torch.stack(each).sum(0)
+        slope = total = None
         for part, labels in parts:
-            change = readout.residual(read(part), labels, part.shape[:3], share, overlap)
-            slope.addmm_(change.flatten(1).mT, part.flatten(0, -2))
-            total += change.sum(0)
-        return self._shared_out(theta, slope.unflatten(0, total.shape), total)
+            change = readout.residual(read(part), labels, part.shape[:3], share, overlap).flatten(1)
+            if slope is None or total is None:
+                slope, total = change.mT @ part.flatten(0, -2), change.sum(0)
+            else:
+                slope.addmm_(change.mT, part.flatten(0, -2))
+                total += change.sum(0)
+        assert slope is not None
+        assert total is not None
+        return self._shared_out(theta, slope.view(*size, -1), total.view(size))
 
     def _shared_out(
         self, theta: Float[Tensor, "m p"], slope: Float[Tensor, "m o d"], total: Float[Tensor, "m o"]
@@ -193,10 +210,13 @@ class Linear:
         """Turn the derivatives by the joined weights and biases into those by a member's own parameters."""
         if self.first == "none":
             return torch.cat([slope.flatten(1), total], dim=1)
-        weight, _, gain, shift = self._parts(theta)
-        by_weight = torch.addcmul(total[..., None] * shift[:, None], slope, gain[:, None])
-        by_gain, by_shift = (weight * slope).sum(1), (weight * total[..., None]).sum(1)
-        return torch.cat([by_weight.flatten(1), total, by_gain, by_shift], dim=1)
+        found = torch.empty_like(theta)
+        (weight, _, gain, shift), (by_weight, by_bias, by_gain, by_shift) = self._parts(theta), self._parts(found)
+        torch.mul(slope, gain[:, None], out=by_weight).addcmul_(total[..., None], shift[:, None])
+        by_bias.copy_(total)
+        torch.bmm(total[:, None], weight, out=by_shift[:, None])
+        torch.sum(slope.mul_(weight), 1, out=by_gain)
+        return found
 
     def frozen(self) -> Linear:
         return replace(self, mean=self.mean.clone(), variance=self.variance.clone())
@@ -205,7 +225,7 @@ class Linear:
         """Take what stands before the layer into weights and biases of all members, one below the other."""
         weight, bias, gain, shift = self._parts(theta)
         if self.first != "none":
-            bias = bias + (weight @ shift[..., None])[..., 0]
+            bias = torch.baddbmm(bias[..., None], weight, shift[..., None])
             weight = weight * gain[:, None]
         return weight.flatten(0, 1), bias.flatten()
 
@@ -243,25 +263,25 @@ def train_together(train: Table, val: Table, net: Net, readout: Readout, metric:
     """
     if not len(train) or not len(val):
         raise InputError(f"{len(train)} samples to learn from and {len(val)} to validate with; wanted some of each")
-    train, val, device = train.checked(), val.checked(), train.y.device
+    train, val = train.checked(), val.checked()
     generator = torch.Generator().manual_seed(recipe.seed)
-    rates = torch.tensor(recipe.rates, dtype=train.x.dtype, device=device)[:, None]
-    theta = net.start(generator).to(train.x).repeat(len(rates), 1)
+    theta = net.start(generator).to(train.x).repeat(len(recipe.rates), 1)
     adam = Adam(theta, recipe.weight_decay)
     best: dict[int, Member] = {}
-    waited = np.zeros(len(rates), np.int64)
-    running = np.ones(len(rates), bool)
-    losses: list[Tensor] = []
+    waited = np.zeros(len(recipe.rates), np.int64)
+    running = np.ones(len(recipe.rates), bool)
+    fallen = [Waited() for _ in recipe.rates]
     for epoch in range(recipe.epochs):
-        held = plateau(losses)[:, None] if recipe.schedule == "plateau" and losses else torch.ones_like(rates)
-        batches = shuffled(len(train), recipe, generator)
-        for number, index in enumerate(batches):
-            gradient = net.gradient(theta, *train.batch(index, learning=True), readout)
-            adam.step(theta, gradient, rates_at(epoch + number / len(batches), rates, recipe) * held)
+        rates = [rate * last.share for rate, last in zip(recipe.rates, fallen, strict=True)]
+        dealt = shuffled(len(train), recipe, generator)
+        for number, (x, y) in enumerate(train.batches(dealt)):
+            now = epoch + number / len(dealt)
+            adam.step(net.gradient(theta, x, y, readout), [rates_at(now, rate, recipe) for rate in rates])
         if (epoch + 1) % recipe.check_every and epoch + 1 < recipe.epochs:
             continue
         scores, loss = judge(theta, net, val, readout, metric, with_loss=recipe.schedule == "plateau")
-        losses.append(loss)
+        if recipe.schedule == "plateau":
+            fallen = [wait(last, figure, _PLATEAU) for last, figure in zip(fallen, loss.tolist(), strict=True)]
         for m in (int(m) for m in np.flatnonzero(running)):
             waited[m] += 1
             if m not in best or scores[m] > best[m].score:
@@ -330,21 +350,34 @@ def _read(
 
 
 class Adam:
-    """AdamW over the rows of a matrix, each with its own rate; what torch's does with separate parameters."""
+    """AdamW over the rows of a matrix, each with its own rate, changed in place."""
 
     def __init__(self, theta: Float[Tensor, "m p"], weight_decay: float) -> None:
-        self.mean, self.square, self.change = (torch.zeros_like(theta) for _ in range(3))
-        self.weight_decay, self.steps = weight_decay, 0
+        self.rows = theta.unbind()
+        self.means, self.squares = torch.zeros_like(theta).unbind(), torch.zeros_like(theta).unbind()
+        self.weight_decay, self.steps = weight_decay, torch.zeros((), device=theta.device)
 
-    def step(self, theta: Float[Tensor, "m p"], gradient: Float[Tensor, "m p"], rates: Float[Tensor, "m 1"]) -> None:
-        """Change `theta` in place."""
+    @torch.inference_mode()
+    def step(self, gradient: Float[Tensor, "m p"], rates: Sequence[float]) -> None:
         self.steps += 1
-        self.mean.lerp_(gradient, 1 - BETAS[0])
-        self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        change = torch.sqrt(self.square, out=self.change)
-        change.div_(math.sqrt(1 - BETAS[1] ** self.steps)).add_(EPS)
-        torch.div(self.mean, change, out=change).mul_(rates / (1 - BETAS[0] ** self.steps))
-        theta.mul_(1 - rates * self.weight_decay).sub_(change)
+        state = zip(self.rows, gradient.unbind(), self.means, self.squares, rates, strict=True)
+        for row, slope, mean, square, rate in state:
+            # What torch.optim.AdamW(fused=True) calls, without looking up everything anew at every step.
+            torch._fused_adamw_(
+                [row],
+                [slope],
+                [mean],
+                [square],
+                [],
+                [self.steps],
+                lr=rate,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=self.weight_decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 def shuffled(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[Int[Tensor, " b"], ...]:
@@ -354,8 +387,8 @@ def shuffled(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[In
     return batches[:-1] if short and len(batches) > 1 else batches
 
 
-def rates_at(epoch: float, rates: Float[Tensor, "m 1"], recipe: Recipe) -> Float[Tensor, "m 1"]:
-    """Give the learning rates at a fractional epoch.
+def rates_at(epoch: float, rates: Rate, recipe: Recipe) -> Rate:
+    """Give a learning rate, or several, at a fractional epoch.
 
     cosine (OlmoEarth): from 0 over a tenth of the epochs, then down to `FLOOR` along half a cosine, batch by batch.
     epoch_cosine (AnySat): from 0 over the first 20 epochs, then down to 0, epoch by epoch; its first epoch has rate 0.
@@ -371,19 +404,3 @@ def rates_at(epoch: float, rates: Float[Tensor, "m 1"], recipe: Recipe) -> Float
     if epoch < warm:
         return rates * (epoch / warm)
     return FLOOR + (rates - FLOOR) * (0.5 * (1 + math.cos(math.pi * (epoch - warm) / (recipe.epochs - warm))))
-
-
-def plateau(losses: Sequence[Float[Tensor, " m"]], *, patience: int = 10, factor: float = 0.1) -> Float[Tensor, " m"]:
-    """Tell by what rates are multiplied after these validation losses: each time that none was better for a while.
-
-    As torch's ReduceLROnPlateau does, with its threshold of 1e-4 relative to the best.
-    """
-    best = torch.full_like(losses[0], torch.inf)
-    waited, held = torch.zeros_like(best), torch.ones_like(best)
-    for loss in losses:
-        improved = loss < best * (1 - 1e-4)
-        best = torch.where(improved, loss, best)
-        waited = torch.where(improved, 0.0, waited + 1)
-        held = torch.where(waited > patience, held * factor, held)
-        waited = torch.where(waited > patience, 0.0, waited)
-    return held
