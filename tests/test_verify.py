@@ -13,7 +13,7 @@ from panterra.data.verify import verify
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 
-SMALL = {"sen1floods11", "hls_burn_scars", "biomassters", "pastis_hd"} | {
+SMALL = {"sen1floods11", "hls_burn_scars", "biomassters", "pastis_hd", "pastis_hd_crops"} | {
     name for name in DATASETS if name.startswith(("m_", "gb2_")) or "rslearn" in DATASETS[name].opener
 }
 """Miniatures whose images are smaller than the published ones."""
