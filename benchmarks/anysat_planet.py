@@ -5,8 +5,8 @@
 
 One JSON line for the training and one for each set of sensors, patch size, encoder and probe. Probes are fitted on
 patches of 60 m tiles on planets that were never trained on, whole planets in each of five folds; intervals come from
-resampling planets. "gain" is the accuracy above the best of the random encoders, resampled in pairs; one of these is
-calibrated as the start of the training is.
+resampling planets. "gain" is the accuracy above the better of two draws of random weights, resampled in pairs, and
+"gain_over_start" that above random weights whose first layers and scales were set from data, as the run starts.
 What was drawn is kept in the folder; a run that was stopped goes on.
 """
 
@@ -116,6 +116,7 @@ def evaluate(encoders: dict[str, AnySat], test: Regions, names: dict[int, str]) 
                 if label == "pretrained":
                     random = [r for other, r in reports.items() if other.startswith("random")]
                     line["gain"] = rounded(gain(report, random, given[label]))
+                    line["gain_over_start"] = rounded(gain(report, [reports["start"]], given[label]))
                 print(json.dumps(line), flush=True)
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     torch.manual_seed(3)
     start = cast(JEPA, run.objective()).teacher.eval()
     start.statistics = dict(statistics)
-    encoders["random, calibrated"] = start
+    encoders["start"] = start
     evaluate(encoders, test, {c.code: c.name for c in CLASSES})
 
 

@@ -3,6 +3,7 @@
     python benchmarks/pretrain.py                          # every case and the loader
     python benchmarks/pretrain.py --models v1-nano --cases 0 --threads 1
     python benchmarks/pretrain.py --cases 2 3 --no-memory  # crops as the official recipes draw them
+    python benchmarks/pretrain.py --cases 0 --batch 32     # samples of a step; the official micro-batch is 32 or 64
 
 One JSON line per case. A step is forward pass, loss, backward pass and AdamW. Times are medians over interleaved steps,
 as processor time and on the clock; speed-ups are medians of the ratios of neighbouring steps' processor times, which do
@@ -295,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--cases", nargs="*", type=int, default=list(range(len(CASES))))
+    parser.add_argument("--batch", type=int, help="samples of a step instead of the case's")
     parser.add_argument("--kinds", nargs="+", default=KINDS[1:], choices=KINDS[1:], help="beside the plain version")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20.0, help="of interleaved steps per case, three at least")
@@ -305,6 +307,7 @@ def main() -> None:
     say = partial(print, flush=True)
     for index in args.cases:
         label, cases = list(CASES.items())[index]
+        cases = tuple(replace(case, batch=args.batch or case.batch) for case in cases)
         fastest = 0.0
         for name in args.models:
             torch.set_num_threads(args.threads)

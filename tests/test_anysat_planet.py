@@ -14,6 +14,7 @@ from panterra.planet import CLASSES, CRS, Planet
 from panterra.recipes.anysat import run_from
 from panterra.recipes.anysat_planet import (
     DATES,
+    LOOKS_WEIGHT,
     SERIES,
     SOURCES,
     Regions,
@@ -23,6 +24,7 @@ from panterra.recipes.anysat_planet import (
     draw_regions,
     embed_patches,
     find_place,
+    first_layer,
     land_cover_check,
     planet_run,
     planet_statistics,
@@ -131,11 +133,16 @@ def test_a_run_trains_checks_and_exports_a_model_that_embeds_any_mix(close, far,
     watched = Tiles(regions=far, metres=60, modalities=SERIES)
     run = planet_run(recipe, close, far, statistics=statistics, checks=[land_cover_check({"series": watched}, every=3)])
     assert run.settings["masking"]["target_blocks"] == 2
+    assert run.settings["looks_weight"] == LOOKS_WEIGHT
     quiet = Options(device="cpu", workers=0, logs=("jsonl",))
     result = train(run, tmp_path, quiet, progress=lambda *_: None)
     assert result.finished
     model = load_model(result.model)
     assert model.statistics == statistics
+    torch.manual_seed(run.init_seed)
+    start = run.objective().encoder
+    for name, part in start.projectors.items():
+        assert torch.equal(first_layer(model.projectors[name]).weight, first_layer(part).weight)
     # A patch size, a tile size and a mix of sensors that the run did not have.
     tiles = Tiles(regions=far, metres=60, modalities=("sentinel1", "landsat"))
     patches = embed_patches(model, tiles, patch_m=30)

@@ -148,6 +148,10 @@ class JEPA(nn.Module):
 
         The generator is not used: the tiles come with all that was drawn, and dropout uses the global one.
         """
+        return self.compare(tiles)[0]
+
+    def compare(self, tiles: MaskedTiles) -> tuple[JEPALoss, Seen]:
+        """Give the loss, and what the student made of the tiles."""
         target, seen = self.targets(tiles), self.look(tiles)
         predicted = self.predict(seen.encoded[:, 1:], tiles)
         with torch.autocast(predicted.device.type, enabled=False):
@@ -158,7 +162,7 @@ class JEPA(nn.Module):
                     torch.stack(list(seen.patches.values())), seen.valid, temperature=self.config.contrast_temperature
                 )
         total = self.config.prediction_weight * prediction + self.config.contrast_weight * contrast
-        return JEPALoss(total=total, prediction=prediction, contrast=contrast)
+        return JEPALoss(total=total, prediction=prediction, contrast=contrast), seen
 
     @torch.no_grad()
     def targets(self, tiles: MaskedTiles) -> Float[Tensor, "s b n d"]:

@@ -26,6 +26,7 @@ from panterra.models.anysat_statistics import Statistics, fit_statistics
 from panterra.models.features import Encoder
 from panterra.objectives.jepa import JEPA, MaskedTiles
 from panterra.objectives.jepa_batches import MixedBatches, Source
+from panterra.objectives.jepa_looks import JEPAWithLooks
 from panterra.objectives.jepa_masks import BlockMasking
 from panterra.planet import CLASSES, CRS, Planet
 from panterra.recipes.anysat import AnySatRecipe, run_from
@@ -289,12 +290,15 @@ SOURCES = (
 MASKING = BlockMasking(target_area=(0.15, 0.5), target_blocks=2)
 """Smaller and fewer blocks than published: those leave one patch of context on tiles as small as these."""
 
+LOOKS_WEIGHT = 5.0
+"""Of what linear layers tell of what sensors saw, see `jepa_looks`."""
+
 
 def planet_tiny() -> AnySatRecipe:
     """AnySat of tiny's width on the planet: whether pretraining finds land cover that random weights do not.
 
     Departs from the published run to learn from minutes: the start is calibrated, Muon trains the blocks, the teacher
-    follows faster, targets are standardised by channel, dropped tokens are hidden and a third of the samples show the
+    follows faster, targets are standardised by channel, dropped tokens are hidden and half of the samples show the
     student one sensor alone.
     """
     return AnySatRecipe(
@@ -310,7 +314,7 @@ def planet_tiny() -> AnySatRecipe:
         sources=SOURCES,
         steps=900,
         epoch_samples=20 * 300,
-        lone_sensors=0.3,
+        lone_sensors=0.5,
         targets="standardised",
         dropped="hidden",
         published=False,
@@ -336,7 +340,7 @@ def calibrate(encoder: AnySat, views: Sequence[MaskedTiles]) -> None:
 
     First layers become random directions across whitened spectra (of still images: across the main components of a
     cell's pixels). What series projectors, the patch encoder and the combiner give has no mean and unit variance in
-    each channel. The combiner starts by looking at its own place more than elsewhere.
+    each channel. The combiner starts by handing on what is at its own place, since it has no residual from there.
     """
     training = encoder.training
     encoder.eval()
@@ -345,9 +349,9 @@ def calibrate(encoder: AnySat, views: Sequence[MaskedTiles]) -> None:
         given = [view.inputs[name] for view in views if name in view.inputs]
         if isinstance(part, SeriesProjector):
             rows = torch.cat([g.values.permute(0, 1, 3, 4, 2)[_data(g)] for g in given])
-            (linear, *_) = part.stages[0].children()
-            assert isinstance(linear, nn.Linear)
-            linear.weight.copy_(weight := directions(rows, linear.out_features, generator))
+            linear = first_layer(part)
+            assert linear.bias is not None
+            linear.weight.copy_(weight := directions(rows, len(linear.weight), generator))
             linear.bias.copy_(torch.randn(len(weight), generator=generator) - weight @ rows.mean(0))
             grids = [view.grid for view in views if name in view.inputs]
             tokens = [part(g, grid)[0].flatten(0, 2) for g, grid in zip(given, grids, strict=True)]
@@ -356,7 +360,8 @@ def calibrate(encoder: AnySat, views: Sequence[MaskedTiles]) -> None:
             size = part.sensor.kernel
             cells = [g.values[:, 0].unfold(2, size, size).unfold(3, size, size) for g in given]
             rows = torch.cat([c.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)[::3] for c in cells])
-            part.embed.weight.copy_(directions(rows, len(part.embed.weight), generator).view_as(part.embed.weight))
+            weight = first_layer(part).weight
+            weight.copy_(directions(rows, len(weight), generator).view_as(weight))
             part.expand.bias.normal_(std=0.5, generator=generator)
     tokens = [x for view in views for x in encoder.embed(view.inputs, scale=view.grid.scale).tokens.values()]
     standardise_output(encoder.patch_encoder.norm, torch.cat([x.flatten(0, 1) for x in tokens]))
@@ -364,7 +369,10 @@ def calibrate(encoder: AnySat, views: Sequence[MaskedTiles]) -> None:
     # Low frequencies among the first head's places, which hardly differ within a tile, carry the look at home.
     combiner, end = encoder.combiner, encoder.dim // max(4, encoder.config.heads)
     low = slice(end - 8, end)
-    combiner.query[..., low], combiner.distance[:, low, _SAME_PLACE] = 1.0, 3 / 8
+    combiner.query[..., low], combiner.distance[:, low, _SAME_PLACE] = 1.0, 5 / 8
+    for layer in (combiner.value, combiner.proj):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
     nn.init.zeros_(combiner.mlp.fc2.weight)
     nn.init.zeros_(combiner.mlp.fc2.bias)
     out = [encoder(view.inputs, scale=view.grid.scale).patches.flatten(0, 2) for view in views]
@@ -372,6 +380,24 @@ def calibrate(encoder: AnySat, views: Sequence[MaskedTiles]) -> None:
     combiner.proj.weight.div_(std[:, None])
     combiner.proj.bias.sub_(mean).div_(std)
     encoder.train(training)
+
+
+def first_layer(part: nn.Module) -> nn.Linear | nn.Conv2d:
+    """Find the layer of a projector that reads pixels."""
+    name = "embed" if isinstance(part, CellProjector) else "stages.0.linear"
+    layer = part.get_submodule(name)
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return layer
+
+
+def freeze_first_layers(encoder: AnySat) -> None:
+    """Keep the first layers as calibrated (Chen, Xie and He 2021, on patch projections of vision transformers).
+
+    An optimiser that moves each weight as far would move them too fast: one direction across the 400 values of an
+    aerial cell, a hundredth in each, outweighs most of what calibration set.
+    """
+    for part in encoder.projectors.values():
+        first_layer(part).requires_grad_(False)
 
 
 def directions(
@@ -442,11 +468,15 @@ def planet_run(
         return mixed
 
     def objective() -> nn.Module:
-        jepa = cast(JEPA, run.objective())
-        views = batches(0, 1)
-        calibrate(jepa.encoder, [views[_CALIBRATION + i][0] for i in range(_VIEWS)])
+        jepa = JEPAWithLooks(recipe.objective, looks_weight=LOOKS_WEIGHT)
+        mixed = batches(0, 1)
+        views = [mixed[_CALIBRATION + i][0] for i in range(_VIEWS)]
+        calibrate(jepa.encoder, views)
+        freeze_first_layers(jepa.encoder)
+        jepa.standardise_looks(views)
         jepa.teacher.load_state_dict(jepa.encoder.state_dict())
         jepa.teacher.statistics = dict(statistics)  # the checks encode what is in declared units
         return jepa
 
-    return replace(run, objective=objective, batches=batches, settings={**run.settings, "masking": asdict(MASKING)})
+    ours = {"masking": asdict(MASKING), "looks_weight": LOOKS_WEIGHT}
+    return replace(run, objective=objective, batches=batches, settings={**run.settings, **ours})
