@@ -3,10 +3,12 @@
     python benchmarks/nano.py                                # EuroSAT sample and planets that it never saw
     python benchmarks/nano.py --model run/model --sets planet
 
-EuroSAT: 130 images of ten classes, one vector each, cells of one degree kept whole in five folds. Planet: patches of
-40 m with one of eleven classes on 120 planets (seeds from 9000), four dates of one year, whole planets in five folds. A
-kNN and a logistic probe each; intervals of 95 % from resampling cells or planets, "gain" over the better of raw
-statistics and random weights in pairs. One JSON line per row. The sample is found through PANTERRA_DATA.
+EuroSAT: 130 images of ten classes, cells of one degree kept whole in five folds. An image is the mean and the standard
+deviation of its patches of 40 m, as raw statistics hold both of its pixels; `--pooling mean` leaves the latter out.
+Planet: patches of 40 m with one of eleven classes on 120 planets (seeds from 9000), four dates of one year, whole
+planets in five folds. All features are standardised. A kNN and a logistic probe each; intervals of 95 % from
+resampling cells or planets, "gain" over the better of raw statistics and random weights in pairs. One JSON line per
+row. The sample is found through PANTERRA_DATA.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from odc.geo.geobox import GeoBox
 from panterra.evaluate.embed import embed_samples, raw_band_statistics, raw_patch_statistics
 from panterra.evaluate.metrics import bootstrap
 from panterra.evaluate.probes import Report, fit_probe
+from panterra.models.features import Encoder
 from panterra.models.weights import load_model
 from panterra.planet import CRS, Planet
 from panterra.sample import Batch, Observation, to_days
@@ -85,8 +88,15 @@ def drawn(codes: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+def described(encoder: Encoder, batches: Sequence[Batch], pooling: str) -> np.ndarray:
+    """Describe images by the mean of their patches, and the standard deviation too where it is asked for."""
+    patches = embed_samples(encoder, batches, patch_m=PATCH_M, what="patches")
+    statistics = [patches.mean((1, 2)), *([patches.std((1, 2))] if pooling == "mean+std" else [])]
+    return standardised(np.concatenate(statistics, axis=1))
+
+
 def standardised(x: np.ndarray) -> np.ndarray:
-    """Give each statistic mean 0 and deviation 1: cosines of raw numbers say little."""
+    """Give each feature mean 0 and deviation 1: cosines of raw numbers say little."""
     spread = x.std(0)
     scaled: np.ndarray = (x - x.mean(0)) / np.where(spread > 0, spread, 1)
     return scaled
@@ -126,6 +136,7 @@ def main() -> None:
     parser.add_argument("--model", default="panterra-nano")
     parser.add_argument("--draws", type=int, default=3, help="of random weights")
     parser.add_argument("--sets", nargs="+", default=["eurosat", "planet"], choices=["eurosat", "planet"])
+    parser.add_argument("--pooling", default="mean+std", choices=["mean", "mean+std"], help="of EuroSAT's patches")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("PANTERRA_DATA", "../shared/data")))
     options = parser.parse_args()
     encoders = [
@@ -135,7 +146,7 @@ def main() -> None:
     if "eurosat" in options.sets:
         batches, targets, cells = eurosat(options.data)
         raw = standardised(np.concatenate([raw_band_statistics(batch) for batch in batches]))
-        embedded = ((name, embed_samples(e, batches, patch_m=PATCH_M)) for name, e in encoders)
+        embedded = ((name, described(e, batches, options.pooling)) for name, e in encoders)
         compare("EuroSAT sample", iter([("raw band statistics", raw), *embedded]), targets, cells)
     if "planet" in options.sets:
         for name, modalities in MIXTURES.items():
@@ -144,7 +155,8 @@ def main() -> None:
             picked = tuple(at.T)
             raw = standardised(np.concatenate([raw_patch_statistics(batch, PATCH_M) for batch in batches])[picked])
             embedded = (
-                (label, embed_samples(e, batches, patch_m=PATCH_M, what="patches")[picked]) for label, e in encoders
+                (label, standardised(embed_samples(e, batches, patch_m=PATCH_M, what="patches")[picked]))
+                for label, e in encoders
             )
             compare(name, iter([("raw band statistics", raw), *embedded]), codes[picked], at[:, 0])
 

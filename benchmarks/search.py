@@ -1,11 +1,13 @@
 """What a search costs: seconds and memory by the number of vectors, exact and with an index.
 
-    python benchmarks/search.py                           # 1, 3 and 10 million vectors, then an index of the last
-    python benchmarks/search.py --millions 1 --no-index
+    python benchmarks/search.py                           # 10, 3 and 1 million vectors
+    python benchmarks/search.py --millions 1
 
-One JSON line per case, each in a process of its own. The vectors are those of the planet's bands, projected at random
-to the width of a model, stored as int8 and tiled with noise of up to 12 steps, so that no two are the same.
-Memory is what the process added to that of its imports, at its peak.
+One JSON line per case, each in a process of its own. The vectors are drawn from a mixture of Gaussians that is fitted
+to embeddings: panterra-nano's of a square of the planet. So they have its clusters and, within each, its directions; no
+two are the same, and neighbours are no closer than chance brings them, which is hard for an index. Each is laid on the
+ground where one of its cluster was. They are stored as int8.
+Memory is what the process added to that of its imports, at its peak; pages of a mapped index count.
 """
 
 from __future__ import annotations
@@ -13,121 +15,188 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
+import os
 import resource
-import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from panterra.mapping.embeddings import create_zarr, lonlat_of, open_embeddings, to_bytes
+from panterra.mapping.run import embed
 from panterra.mapping.search import search
 from panterra.mapping.search_index import build_index, open_index
 from panterra.mapping.search_query import gather_examples, make_query, place_at
+from panterra.mapping.search_scores import Best, directional_products
 from panterra.mapping.tiles import blocks
-from panterra.planet import Planet
+from panterra.planet import write_planet_scene
 
 SIDE = 320
-"""Rows and columns of the planet that are tiled; also those of a shard."""
-DATES = ("2023-04-28", "2023-06-09", "2023-07-22", "2023-09-14")
+"""Rows and columns of a shard."""
+ACROSS = 10
+"""Shards in a row."""
+SEEN = 160
+"""Rows and columns of the embeddings that the mixture is fitted to."""
+CLUSTERS = 64
+QUERIES = 10
 
 
-def planet_vectors(dim: int) -> np.ndarray:
-    box = GeoBox((SIDE, SIDE), Affine(10, 0, 477000, 0, -10, 5297500), "EPSG:32633")
-    planet = Planet(seed=0, clouds=0.0)
-    ground = planet.ground(box)
-    bands = np.concatenate([planet.observe("sentinel2_l2a", ground, date)[0] for date in DATES])
-    bands = np.moveaxis((bands - bands.mean((1, 2), keepdims=True)) / bands.std((1, 2), keepdims=True), 0, -1)
-    mixing = np.random.default_rng(0).normal(size=(bands.shape[-1], dim)) / np.sqrt(bands.shape[-1])
-    vectors: np.ndarray = (bands @ mixing).astype(np.float32)
-    return vectors
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Gaussians, and where on the ground each was."""
+
+    means: np.ndarray
+    roots: np.ndarray
+    """[c, d, d]; a root times white noise has the covariance of its cluster."""
+    cluster: np.ndarray
+    """[rows, columns]"""
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw a shard, [rows, columns, d], from the ground turned and flipped."""
+        ground = np.kron(np.rot90(self.cluster, rng.integers(4)), np.ones((SIDE // SEEN, SIDE // SEEN), int))
+        shard = np.empty((*ground.shape, self.means.shape[1]), np.float32)
+        for number, (mean, root) in enumerate(zip(self.means, self.roots, strict=True)):
+            here = ground == number
+            shard[here] = mean + rng.standard_normal((int(here.sum()), len(mean)), np.float32) @ root.T
+        return shard
 
 
-def write_store(path: Path, millions: float, dim: int) -> None:
-    """Write a store of a whole number of tiles in a row of ten, of about so many vectors."""
-    tiles = max(round(millions * 1e6 / SIDE**2), 1)
-    cols = min(tiles, 10)
-    box = GeoBox((-(-tiles // cols) * SIDE, cols * SIDE), Affine(10, 0, 400000, 0, -10, 5400000), "EPSG:32633")
-    about = {"model": {"name": "bands"}, "patch_m": 10.0, "modalities": ["sentinel2_l2a"], "dates": list(DATES)}
+def embeddings(folder: Path) -> np.ndarray:
+    """Embed a square of the planet, [SEEN, SEEN, D]."""
+    scene = write_planet_scene(folder / "scene", size_px=2 * SEEN, labels=0, modalities=("sentinel2_l2a",), clouds=0)
+    torch.set_num_threads(1)
+    return embed(scene, "panterra-nano", folder / "seen.zarr", patch_m=20, window_px=32, overlap_px=0).read()
+
+
+def fit(vectors: np.ndarray) -> Mixture:
+    """Fit a mixture by k-means and the covariance of each cluster; a small one leans on that of all."""
+    import faiss
+
+    flat = np.ascontiguousarray(vectors.reshape(-1, vectors.shape[-1]))
+    means = faiss.Kmeans(flat.shape[1], CLUSTERS, niter=20, seed=1)
+    means.train(flat)
+    cluster = means.index.search(flat, 1)[1][:, 0]
+    within = [flat[cluster == c] - flat[cluster == c].mean(0) for c in range(CLUSTERS)]
+    pooled = np.cov(np.concatenate(within).T)
+    roots = []
+    for own in within:
+        scatter = own.T @ own + flat.shape[1] * pooled
+        values, vectors_ = np.linalg.eigh(scatter / (len(own) + flat.shape[1]))
+        roots.append(vectors_ * np.sqrt(np.maximum(values, 0)))
+    return Mixture(
+        means=means.centroids, roots=np.stack(roots).astype(np.float32), cluster=cluster.reshape(vectors.shape[:2])
+    )
+
+
+def empty_store(path: Path, shards: int, dim: int) -> Any:
+    rows, cols = -(-shards // ACROSS), min(shards, ACROSS)
+    box = GeoBox((rows * SIDE, cols * SIDE), Affine(10, 0, 400000, 0, -10, 5400000), "EPSG:32633")
+    about = {"model": {"name": "mixture"}, "patch_m": 10.0, "modalities": ["sentinel2_l2a"], "dates": ["2023-04-28"]}
     create_zarr(path, box, dim=dim, dtype="int8", shard=(SIDE, SIDE), chunk=(10, 10), about=about)
-    codes, exponent = to_bytes(planet_vectors(dim))
-    codes, rng = np.moveaxis(codes, -1, 0), np.random.default_rng(1)
-    group: Any = zarr.open_group(str(path), mode="r+")
-    for tile in blocks(*box.shape, rows=SIDE, cols=SIDE):
-        noise = rng.integers(-12, 13, codes.shape, np.int8)
-        group["embeddings"][:, *tile.core.slices] = np.clip(codes.astype(np.int16) + noise, -127, 127).astype(np.int8)
+    return zarr.open_group(str(path), mode="r+")
+
+
+def write_store(path: Path, shards: int, mixture: Mixture) -> None:
+    group, rng = empty_store(path, shards, mixture.means.shape[1]), np.random.default_rng(1)
+    for tile in blocks(*group["scale_exponent"].shape, rows=SIDE, cols=SIDE):
+        codes, exponent = to_bytes(mixture.draw(rng))
+        group["embeddings"][:, *tile.core.slices] = np.moveaxis(codes, -1, 0)
         group["scale_exponent"][tile.core.slices] = exponent
 
 
-def queries(path: Path, count: int) -> list[Any]:
+def first_shards(path: Path, shards: int, whole: Path) -> None:
+    """Make a smaller store of the first rows of another; they share their files."""
+    empty_store(path, shards, open_embeddings(whole).dim)
+    for array in ("embeddings/c/0", "scale_exponent/c"):
+        for row in range(-(-shards // ACROSS)):
+            (path / array / str(row)).mkdir(parents=True)
+            for shard in (whole / array / str(row)).iterdir():
+                os.link(shard, path / array / str(row) / shard.name)
+
+
+def queries(path: Path) -> list[Any]:
     """Take patches spread over the store as examples."""
     store, rng = open_embeddings(path), np.random.default_rng(2)
-    row, col = (rng.integers(0, side, count) for side in store.box.shape)
+    row, col = (rng.integers(0, side, QUERIES) for side in store.box.shape)
     places = lonlat_of(row, col, store.box)
     return [gather_examples(place_at(*place), [store]) for place in places]
+
+
+def recall(path: Path, examples: list[Any]) -> dict[str, float]:
+    """Return the share of the true nearest neighbours that a search with the index finds."""
+    store = open_embeddings(path)
+    index, asked = open_index(store), [make_query(like) for like in examples]
+    best = [Best(100) for _ in asked]
+    for block in store.blocks():
+        products = directional_products(np.stack([query.weight for query in asked]), block.codes)
+        for own, scores in zip(best, products, strict=True):
+            hopeful = own.promising(scores)
+            own.add(scores[hopeful], 0, block.cells[hopeful])
+    hits = {10: 0, 100: 0}
+    for query, own in zip(asked, best, strict=True):
+        found = search([store], query, top=100, apart_m=0, indexes=[index])
+        cells = found.row * store.box.shape[1] + found.col
+        for k in hits:
+            hits[k] += len(np.intersect1d(own.sorted()[2][:k], cells[:k]))
+    return {f"recall_at_{k}": round(n / k / len(asked), 4) for k, n in hits.items()}
 
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def run(case: str, path: Path, millions: float, dim: int) -> dict[str, Any]:
+def run(case: str, path: Path, shards: int, whole: Path) -> dict[str, Any]:
     """Run one case and say what it took; CPU seconds hold on a machine that others use too."""
     if case == "write":
-        write_store(path, millions, dim)
-    examples = queries(path, 10)
-    store, before = open_embeddings(path), peak_mb()
-    vectors = store.box.shape[0] * store.box.shape[1]
-    began, cpu = time.perf_counter(), time.process_time()
-    result: dict[str, Any] = {}
+        if path == whole:
+            write_store(path, shards, fit(embeddings(path.parent)))
+        else:
+            first_shards(path, shards, whole)
+    store, examples = open_embeddings(path), queries(path)
+    told: dict[str, Any] = {"case": case, "vectors": store.box.shape[0] * store.box.shape[1], "dim": store.dim}
     if case == "write":
-        result = {"store_mb": round(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6)}
-        began, cpu = 0.0, 0.0
-    elif case == "exact":
+        return told | {"store_mb": megabytes(path)}
+    before, cpu, searches = peak_mb(), time.process_time(), 1
+    if case == "exact":
         search([store], make_query(examples[0]), top=100, leave_out=examples[0])
     elif case == "build":
         index = build_index(store)
-        size = sum(f.stat().st_size for f in index.folder.iterdir())
-        result = {"index_mb": round(size / 1e6), "lists": index.lists, "probes": index.probes, "recall": index.recall}
+        told |= {"index_mb": megabytes(index.folder), "lists": index.lists, "probes": index.probes}
+        told["recall_when_built"] = index.recall
     else:
-        index = open_index(store)
+        index, searches = open_index(store), len(examples)
         for like in examples:
             search([store], make_query(like), top=100, leave_out=like, indexes=[index])
-    seconds, spent = (0.0, 0.0) if case == "write" else (time.perf_counter() - began, time.process_time() - cpu)
-    if case == "indexed":
-        seconds, spent = seconds / len(examples), spent / len(examples)
-    return {
-        "case": case,
-        "vectors": vectors,
-        "dim": dim,
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(spent, 2),
-        "cpu_us_per_vector": round(spent / vectors * 1e6, 3),
-        "added_mb": round(peak_mb() - before),
-        "peak_mb": round(peak_mb()),
-        **result,
-    }
+    spent = (time.process_time() - cpu) / searches
+    told |= {"cpu_s": round(spent, 3), "cpu_us_per_vector": round(spent / told["vectors"] * 1e6, 3)}
+    told |= {"added_mb": round(peak_mb() - before), "peak_mb": round(peak_mb())}
+    return told | (recall(path, examples) if case == "indexed" else {})
+
+
+def megabytes(folder: Path) -> int:
+    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=float, nargs="*", default=[1, 3, 10])
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--no-index", action="store_true", help="leave out the index of the largest store")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for millions in sorted(args.millions):
-            path = Path(folder) / "store.zarr"
-            shutil.rmtree(path, ignore_errors=True)
-            last = millions == max(args.millions) and not args.no_index
-            for case in ("write", "exact", *(("build", "indexed") if last else ())):
+        # A row of ten shards has about a million vectors.
+        sizes = sorted({max(round(m * 1e6 / SIDE**2 / ACROSS), 1) * ACROSS for m in args.millions}, reverse=True)
+        whole = Path(folder) / f"{sizes[0]}.zarr"
+        for shards in sizes:
+            for case in ("write", "exact", "build", "indexed"):
                 with mp.get_context("spawn").Pool(1) as process:
-                    print(json.dumps(process.apply(run, (case, path, millions, args.dim))), flush=True)
+                    path = Path(folder) / f"{shards}.zarr"
+                    print(json.dumps(process.apply(run, (case, path, shards, whole))), flush=True)
 
 
 if __name__ == "__main__":

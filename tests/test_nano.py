@@ -17,7 +17,7 @@ from panterra.recipes.nano_places import KINDS, PLACE_BYTES, Places, draw_places
 from panterra.recipes.nano_run import MIXTURES, PlaceBatches, calibrate, nano_run
 from panterra.train.loop import Options, train
 
-FEW = NanoRecipe(places=(6,), tokens=300, batch=8, side_patches=(3, 4), steps=8, warmup_steps=2)
+FEW = NanoRecipe(places=(6,), southern=(), tokens=300, batch=8, side_patches=(3, 4), steps=8, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +48,21 @@ def test_the_planets_of_the_demo_and_of_the_figures_were_never_learned_from():
     from panterra.recipes.nano_places import PER_PLANET, TRAINING_SEEDS
 
     seeds = {
-        int(np.random.default_rng([part, first]).integers(TRAINING_SEEDS))
-        for part, count in enumerate(NanoRecipe().places, 1)
+        int(np.random.default_rng([part, first]).integers(TRAINING_SEEDS)) or 1
+        for part, count in enumerate((*NanoRecipe().places, *NanoRecipe().southern), 1)
         for first in range(0, count, PER_PLANET)
     }
     assert len(seeds) > 1000
     assert not seeds & {0, *range(TRAINING_SEEDS, 10_000)}
 
 
-def test_the_surface_of_a_place_has_the_class_of_the_planet_there(places):
+@pytest.mark.parametrize("south", [0.0, 1.0])
+def test_the_surface_of_a_place_has_the_class_of_the_planet_there(south):
     """Roads, roofs and yards are built-up land, every other kind is its own class."""
     from panterra.planet import SURFACES
     from panterra.recipes import nano_places
 
-    planet = Planet(seed=7)
+    planet = Planet(seed=7, south=south)
     overview = nano_places.Overview(planet, np.random.default_rng(0))
     ground = planet.ground(overview.draw(np.random.default_rng(3)))
     codes = np.array([SURFACES[kind].code for kind in KINDS])
@@ -171,11 +172,12 @@ def test_what_is_learned_shows_in_the_loss(folder, tmp_path):
 
 def test_a_person_starts_it_without_data(folder, capsys):
     settings = configured(
-        "panterra-nano", ["places=6", "tokens=200", "batch=4", "side_patches=3", "steps=2", "warmup_steps=1"]
+        "panterra-nano",
+        ["places=6", "southern=2", "tokens=200", "batch=4", "side_patches=3", "steps=2", "warmup_steps=1"],
     )
     show_plan(dry_run(settings, []))
     out = capsys.readouterr().out
-    assert "Places: 6," in out
+    assert "Places: 8," in out
     assert "panterra-nano" in out
     with pytest.raises(InputError, match="draws the places that it learns from; leave out --data"):
         run_pretrain(settings, ["corpus"], folder, options=Options())

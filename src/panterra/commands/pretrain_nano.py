@@ -33,7 +33,7 @@ def run_nano(settings: NanoRecipe, out: Path, options: Options) -> TrainResult:
     # Planets bring libraries of imagery, which no other recipe loads.
     from panterra.recipes.nano_run import nano_run
 
-    note(f"Drawing {sum(settings.places):,} places on invented planets, where {out} does not have them yet")
+    note(f"Drawing {settings.places_in_all:,} places on invented planets, where {out} does not have them yet")
     with progress_bar("places") as progress:
         run = nano_run(settings, out, progress=progress)
     return train(run, out, options)
@@ -50,7 +50,7 @@ def dry_run_nano(settings: NanoRecipe) -> NanoPlan:
     """Count a run."""
     from panterra.recipes.nano_places import PLACE_BYTES
 
-    places = sum(settings.places)
+    places = settings.places_in_all
     parameters = sum(weight.numel() for weight in OlmoEarth(settings.encoder).parameters())
     return NanoPlan(recipe=settings, parameters=parameters, places=places, disk_bytes=places * PLACE_BYTES)
 

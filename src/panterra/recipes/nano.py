@@ -22,6 +22,8 @@ class NanoRecipe:
     encoder: OlmoEarthConfig = _ENCODER
     places: tuple[int, ...] = (3500, 3500)
     """Of each part, which is drawn from its own seed: 1, 2, ..."""
+    southern: tuple[int, ...] = (2000, 2000)
+    """Of further parts, on planets with a south and motorways; their seeds follow on."""
     tokens: int = 2000
     """Of a batch, at most."""
     batch: int = 64
@@ -29,7 +31,7 @@ class NanoRecipe:
     patch_px: tuple[int, ...] = (2, 4, 4, 8)
     side_patches: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 16)
     dates: tuple[int, ...] = (1, 1, 2, 3, 4, 4)
-    steps: int = 12500
+    steps: int = 15000
     lr: float = 2e-3
     weight_decay: float = 0.02
     warmup_steps: int = 100
@@ -37,3 +39,8 @@ class NanoRecipe:
     seed: int = 0
     init_seed: int = 12536
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def places_in_all(self) -> int:
+        """Count the places of all parts."""
+        return sum(self.places) + sum(self.southern)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +15,7 @@ from numpy.lib.format import open_memmap
 from odc.geo.geobox import GeoBox
 
 from panterra.modalities import MODALITIES
-from panterra.planet import CLASSES, CRS, SURFACES, Ground, Planet
+from panterra.planet import CLASSES, CRS, SOUTHERN_CLASSES, SURFACES, Ground, Planet
 from panterra.recipes.nano import DATES, SIDE_PX
 from panterra.sample import to_days
 
@@ -74,12 +74,20 @@ class Places:
         return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
 
 
-def draw_places(folder: Path, count: int, *, seed: int, progress: Callable[[int, int], None] | None = None) -> Places:
+def draw_places(
+    folder: Path,
+    count: int,
+    *,
+    seed: int,
+    southern: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Places:
     """Look at places on planets, four on each, and keep them in a folder; what is there already is opened.
 
     Three of four places are drawn with a land cover class that takes turns by chance, so that towns, water and bare
     ground are not rare. Pixels measure 7.5, 10 or 14 m. Half of the images of Sentinel-2 keep their air (level 1C, in
-    the bands of level 2A), and half of the planets have clouds.
+    the bands of level 2A), and half of the planets have clouds. Southern places lie on planets with orchards,
+    vineyards, scrub and dry grass, more or less, half of which have motorways.
     """
     if not folder.is_dir():
         part = folder.with_name(f"{folder.name}.part")
@@ -90,7 +98,10 @@ def draw_places(folder: Path, count: int, *, seed: int, progress: Callable[[int,
         }
         for first in range(0, count, PER_PLANET):
             rng = np.random.default_rng([seed, first])
-            planet = Planet(seed=int(rng.integers(TRAINING_SEEDS)), clouds=float(rng.choice([0, 0.15])))
+            # Planet 0 is that of the demo and of the tests.
+            planet = Planet(seed=int(rng.integers(TRAINING_SEEDS)) or 1, clouds=float(rng.choice([0, 0.15])))
+            if southern:
+                planet = replace(planet, south=float(rng.choice([0.0, 0.5, 1.0])), motorways=bool(rng.random() < 0.5))
             overview = Overview(planet, rng)
             for i in range(first, min(first + PER_PLANET, count)):
                 if progress is not None:
@@ -111,7 +122,7 @@ class Overview:
         box = GeoBox((200, 200), Affine(_COARSE_M, 0, self.left, 0, -_COARSE_M, self.top), CRS)
         side = _CELLS * 16
         cells = planet.truth(box)[:side, :side].reshape(_CELLS, 16, _CELLS, 16).transpose(0, 2, 1, 3).reshape(-1, 256)
-        codes = range(len(CLASSES) + 1)
+        codes = range(len(CLASSES) + len(SOUTHERN_CLASSES) + 1)
         self.shares = np.stack([(cells == code).mean(1) for code in codes], axis=1)
 
     def draw(self, rng: np.random.Generator) -> GeoBox:

@@ -48,8 +48,8 @@ def nano_run(
 ) -> Run:
     """Make the run; its places are drawn into `folder` first, where they are not there yet."""
     parts = [
-        draw_places(folder / f"places-{seed}", count, seed=seed, progress=progress)
-        for seed, count in enumerate(recipe.places, 1)
+        draw_places(folder / f"places-{seed}", count, seed=seed, southern=seed > len(recipe.places), progress=progress)
+        for seed, count in enumerate((*recipe.places, *recipe.southern), 1)
     ]
 
     def objective() -> nn.Module:
