@@ -305,9 +305,10 @@ def encoders(
             continue
         yield f"random {ARCHITECTURES[family]}", family, random_encoder(family, seed, view)
     for model in models:
-        family = model.split("-")[0]
+        encoder = load_model(model)
+        family = "anysat" if isinstance(encoder, AnySat) else "olmoearth"
         if family in material.views:
-            yield model, family, load_model(model)
+            yield model, family, encoder
 
 
 def run(

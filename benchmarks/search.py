@@ -60,7 +60,7 @@ class Mixture:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw a shard, [rows, columns, d], from the ground turned and flipped."""
-        ground = np.kron(np.rot90(self.cluster, rng.integers(4)), np.ones((SIDE // SEEN, SIDE // SEEN), int))
+        ground = np.kron(np.rot90(self.cluster, int(rng.integers(4))), np.ones((SIDE // SEEN, SIDE // SEEN), int))
         shard = np.empty((*ground.shape, self.means.shape[1]), np.float32)
         for number, (mean, root) in enumerate(zip(self.means, self.roots, strict=True)):
             here = ground == number
@@ -82,6 +82,7 @@ def fit(vectors: np.ndarray) -> Mixture:
     flat = np.ascontiguousarray(vectors.reshape(-1, vectors.shape[-1]))
     means = faiss.Kmeans(flat.shape[1], CLUSTERS, niter=20, seed=1)
     means.train(flat)
+    assert means.centroids is not None
     cluster = means.index.search(flat, 1)[1][:, 0]
     within = [flat[cluster == c] - flat[cluster == c].mean(0) for c in range(CLUSTERS)]
     pooled = np.cov(np.concatenate(within).T)
