@@ -195,7 +195,8 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     """Give a linear layer's gradients: of what came in, written over `x` where it can be, of weight and bias."""
     rows, ins = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
     d_weight, d_bias = rows.mT @ ins, rows.sum(0)
-    return ins.addmm_(rows, weight.to(rows.dtype), beta=0).view(x.shape).to(x.dtype), d_weight, d_bias
+    d_x = torch.mm(rows, weight.to(rows.dtype), out=ins)
+    return d_x.view(x.shape).to(x.dtype), d_weight, d_bias
 
 
 def works_in_place(x: Tensor) -> bool:
