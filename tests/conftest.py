@@ -27,3 +27,15 @@ def own_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(f"PANTERRA_{name}", raising=False)
         patch.setenv("PANTERRA_LEDGER", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the small labelled sets of `planet_benchmarks`, which are known by name meanwhile."""
+    import planet_benchmarks
+    from panterra.data.labelled import DATASETS
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, card in planet_benchmarks.cards().items():
+            patch.setitem(DATASETS, name, card)
+        yield planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")

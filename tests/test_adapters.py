@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import planet_benchmarks
 from panterra import Batch, Observation, collate, load_model
-from panterra.data.labelled import DATASETS
 from panterra.errors import InputError
 from panterra.evaluate.benchmark import normalisations
 from panterra.evaluate.suite import Plan, evaluate
@@ -380,10 +378,7 @@ def test_load_model_opens_an_adapter_by_name():
 
 
 @pytest.mark.usefixtures("toy_offer")
-def test_evaluate_takes_an_adapter_by_name(tmp_path, monkeypatch):
-    for name, card in planet_benchmarks.cards().items():
-        monkeypatch.setitem(DATASETS, name, card)
-    root = planet_benchmarks.write_planet(tmp_path / "tiles")
+def test_evaluate_takes_an_adapter_by_name(root, tmp_path):
     plan = Plan(models=("toy@random:0",), benchmarks=(("planet_classes", root),), protocols=("knn",), limit=20)
     (row,) = evaluate(plan, tmp_path / "out")
     assert row.error is None

@@ -8,11 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from cyclopts import App, Parameter
 
-import planet_benchmarks
 from panterra.cli.evaluate import evaluate
 from panterra.commands.evaluate import parse_benchmarks
 from panterra.commands.evaluation_page import figure, points_of, write_page
-from panterra.data.labelled import DATASETS
 from panterra.errors import InputError
 from panterra.evaluate.metrics import Interval
 from panterra.evaluate.suite import Row, read_rows
@@ -25,15 +23,7 @@ def run(*words):
     return app([*map(str, words)], exit_on_error=False, print_error=False, result_action="return_value")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")
-
-
-@pytest.fixture(autouse=True)
-def _cards(monkeypatch):
-    for name, card in planet_benchmarks.cards().items():
-        monkeypatch.setitem(DATASETS, name, card)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def quick(root, out, *names):

@@ -36,15 +36,7 @@ from panterra.sample import Batch, Observation
 RATES = (1e-2, 1e-1)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")
-
-
-@pytest.fixture(autouse=True)
-def _cards(monkeypatch):
-    for name, card in planet_benchmarks.cards().items():
-        monkeypatch.setitem(DATASETS, name, card)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 class Colour:

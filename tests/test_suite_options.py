@@ -10,7 +10,6 @@ import torch
 import miniatures_benchmarks
 import planet_benchmarks
 from panterra.data.geobench import LANDSAT, SENTINEL2
-from panterra.data.labelled import DATASETS
 from panterra.errors import InputError
 from panterra.evaluate import published
 from panterra.evaluate.benchmark import normalised, open_benchmark
@@ -26,15 +25,7 @@ NANO = "olmoearth-v1.2-nano@random:0"
 S2 = MODALITIES["sentinel2_l2a"].band_names
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")
-
-
-@pytest.fixture(autouse=True)
-def _cards(monkeypatch):
-    for name, card in planet_benchmarks.cards().items():
-        monkeypatch.setitem(DATASETS, name, card)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def plan_of(root, *names, **options):

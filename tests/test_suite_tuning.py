@@ -17,16 +17,7 @@ from panterra.finetune.protocol import tune
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")
-
-
-@pytest.fixture(autouse=True)
-def _cards(monkeypatch):
-    for name, card in planet_benchmarks.cards().items():
-        monkeypatch.setitem(DATASETS, name, card)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def olmoearth():
