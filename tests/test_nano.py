@@ -148,6 +148,21 @@ def test_the_loss_of_a_perfect_answer_is_the_entropy_of_the_shares():
     torch.testing.assert_close(objective(far_off)[1]["patch"], entropy + 0.1 * 0.5)
 
 
+def test_weights_are_averaged_over_all_steps_and_then_over_a_window():
+    objective = MapDecoding(OlmoEarth(FEW.encoder), kinds=3)
+    weight, averaged = (next(e.parameters()) for e in (objective.encoder, objective.averaged))
+    first = averaged.clone()
+    values = [1.0, 2.0, 6.0, 5.0, 5.0]
+    for step, value in enumerate(values, -1):
+        with torch.no_grad():
+            weight.fill_(value)
+        objective.average(step, window=3)
+        if step < 0:
+            assert torch.equal(averaged, first)
+    torch.testing.assert_close(averaged, torch.full_like(averaged, ((2 + 6 + 5) / 3 * 2 + 5) / 3))
+    assert not averaged.requires_grad
+
+
 def test_a_stopped_run_goes_on_with_the_same_numbers_and_its_model_is_loaded(folder, tmp_path):
     options = Options(workers=0, logs=("jsonl",), log_every=1, save_every=3)
     whole = train(nano_run(FEW, folder), tmp_path / "whole", options)
@@ -193,6 +208,8 @@ def test_a_person_starts_it_without_data(folder, capsys):
         ("side_patches=9", "9 patches of 8 pixels do not fit into places of 64"),
         ("places=", "wanted whole numbers|cannot be"),
         ("tokens=0", "tokens is 0; wanted 1 at least"),
+        ("restart=1", "restart=1 of 27000 steps came; give a share below 1"),
+        ("steps=10", "restart=0.5556 of 10 steps came"),
         ("encoder.heads=7", "a width of 128 with 7 heads"),
     ],
 )

@@ -27,6 +27,17 @@ def test_the_schedule_rises_and_falls():
     assert learning_rate(50, replace(few, warmup_steps=50)) == few.lr
 
 
+def test_a_restart_repeats_the_cosine_from_a_share_of_the_peak():
+    once = replace(PUBLISHED, steps=40, warmup_steps=10)
+    twice = replace(once, steps=70, restart_step=40, restart_share=0.5)
+    assert [learning_rate(step, twice) for step in range(41)] == [learning_rate(step, once) for step in range(41)]
+    assert learning_rate(41, twice) == pytest.approx(0.5 * PUBLISHED.lr, rel=0.01)
+    assert learning_rate(55, twice) == pytest.approx(0.3 * PUBLISHED.lr)
+    assert learning_rate(70, twice) == pytest.approx(0.1 * PUBLISHED.lr)
+    with pytest.raises(InputError, match="restart_step=70"):
+        replace(twice, restart_step=70)
+
+
 def test_all_trainable_parameters_are_updated_as_adamw_does():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1))

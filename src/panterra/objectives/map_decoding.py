@@ -9,6 +9,7 @@ bands of the sample vary, so that nothing that raw band statistics hold is lost 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from panterra.modalities import MODALITIES
 from panterra.models.olmoearth import OlmoEarth
+from panterra.objectives.teacher import follow
 
 SHAPE_SHARE = 0.1
 """Of heights and slopes in the loss of a patch."""
@@ -72,11 +74,21 @@ class MapDecoding(nn.Module):
     def __init__(self, encoder: OlmoEarth, *, kinds: int) -> None:
         super().__init__()
         self.encoder, self.kinds, dim = encoder, kinds, encoder.dim
+        self.averaged = deepcopy(encoder).requires_grad_(False)
+        """What the encoder was over many steps, see `average`; nothing is learned from it."""
         bands = {m: len(MODALITIES[m].bands) for m in encoder.modalities}
         self.patch, self.token = nn.Linear(dim, kinds + 2), nn.Linear(dim, kinds + 2)
         self.sample = nn.Linear(dim, kinds)
         self.look = nn.ModuleDict({m: nn.Linear(dim, 2 * c) for m, c in bands.items()})
         self.variety = nn.ModuleDict({m: nn.Linear(dim, 3 * c) for m, c in bands.items()})
+
+    def average(self, step: int, window: int) -> None:
+        """Take the encoder into the average, which starts with step 0: of all steps, then mostly of the last `window`.
+
+        Averaged weights do better away from what was trained on (Cha et al. 2021).
+        """
+        if step >= 0:
+            follow(self.averaged, self.encoder, min(step / (step + 1), 1 - 1 / window))
 
     def forward(self, views: MapViews, generator: torch.Generator | None = None) -> Decoded:
         """Give the loss: patch + token / 2 + sample / 2 + look. Nothing in it is random."""

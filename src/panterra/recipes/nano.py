@@ -31,8 +31,12 @@ class NanoRecipe:
     patch_px: tuple[int, ...] = (2, 4, 4, 8)
     side_patches: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 16)
     dates: tuple[int, ...] = (1, 1, 2, 3, 4, 4)
-    steps: int = 15000
+    steps: int = 27000
     lr: float = 2e-3
+    restart: float = 5 / 9
+    """After this share of the steps the learning rate falls once more, from half the peak, and weights are averaged."""
+    average_window: int = 4000
+    """Steps of which the averaged weights, which are those that are kept, are mostly made."""
     weight_decay: float = 0.02
     warmup_steps: int = 100
     final_share: float = 0.02

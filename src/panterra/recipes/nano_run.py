@@ -52,15 +52,21 @@ def nano_run(
         for seed, count in enumerate((*recipe.places, *recipe.southern), 1)
     ]
 
+    restart = round(recipe.restart * recipe.steps)
+
     def objective() -> nn.Module:
         encoder = OlmoEarth(recipe.encoder)
         calibrate(encoder, PlaceBatches(parts, recipe, seed=77))
         return MapDecoding(encoder, kinds=len(KINDS))
 
+    def average(trained: nn.Module, step: int) -> None:
+        assert isinstance(trained, MapDecoding)
+        trained.average(step - restart, recipe.average_window)
+
     def export(trained: nn.Module, out: Path) -> None:
         assert isinstance(trained, MapDecoding)
-        trained.encoder.name, trained.encoder.licence = recipe.name, "Apache-2.0"
-        save_model(trained.encoder, out, dtype=torch.float16)
+        trained.averaged.name, trained.averaged.licence = recipe.name, "Apache-2.0"
+        save_model(trained.averaged, out, dtype=torch.float16)
 
     return Run(
         name=recipe.name,
@@ -75,7 +81,9 @@ def nano_run(
             steps=recipe.steps,
             warmup_steps=recipe.warmup_steps,
             final_share=recipe.final_share,
+            restart_step=restart,
         ),
+        before_step=average,
         checks=checks,
         export=export,
         settings={"recipe": asdict(recipe)},

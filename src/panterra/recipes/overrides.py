@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
 from panterra.models.normalize import olmoearth_range
+from panterra.models.olmoearth import check_width
 from panterra.models.packed import Packed
 from panterra.objectives.jepa_batches import Source
 from panterra.objectives.losses import LOSSES, REGULARISERS, Pair, regularise, token_loss
@@ -61,10 +62,11 @@ def check(recipe: OlmoEarthRecipe | AnySatRecipe | NanoRecipe) -> None:
     for m in recipe.modalities:
         if m not in MODALITIES:
             raise InputError(f"no modality {m!r}; known: {', '.join(sorted(MODALITIES))}")
+        if m == "naip":
+            raise InputError("naip has a grid of its own; train on naip_10")
         olmoearth_range(m)
     for part in (recipe.encoder, recipe.objective.predictor):
-        if part.dim % 16 or part.dim % (4 * part.heads):
-            raise InputError(f"a width of {part.dim} with {part.heads} heads; take a multiple of 16 and of 4 per head")
+        check_width(part)
     counts = {"batch": recipe.batch, "micro_batch": recipe.micro_batch, "views": recipe.views}
     for key, count in counts.items():
         if count < 1:
@@ -112,9 +114,14 @@ def _check_nano(recipe: NanoRecipe) -> None:
         raise InputError(
             f"{min(recipe.side_patches)} patches of {max(recipe.patch_px)} pixels do not fit into places of {SIDE_PX}"
         )
-    for key in ("tokens", "batch", "steps"):
+    for key in ("tokens", "batch", "steps", "average_window"):
         if getattr(recipe, key) < 1:
             raise InputError(f"{key} is {getattr(recipe, key)}; wanted 1 at least")
+    if not recipe.warmup_steps <= round(recipe.restart * recipe.steps) < recipe.steps:
+        raise InputError(
+            f"restart={recipe.restart:.4g} of {recipe.steps} steps came; give a share below 1 that leaves room for"
+            f" {recipe.warmup_steps} warmup_steps"
+        )
 
 
 def _replaced(settings: _Settings, path: Sequence[str], value: str, key: str) -> _Settings:

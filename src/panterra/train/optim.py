@@ -52,6 +52,9 @@ class Optimisation:
     warmup_steps: int = 8000
     final_share: float = 0.1
     """Of the peak, reached with the last step."""
+    restart_step: int | None = None
+    """After which the cosine begins once more (Loshchilov and Hutter 2017), at `restart_share` of the peak."""
+    restart_share: float = 0.5
     clip_norm: float | None = 1.0
     """Of all gradients together; None leaves them as they are."""
     plateau: Plateau | None = None
@@ -65,16 +68,26 @@ class Optimisation:
                 f"{self.steps} steps with {self.warmup_steps} of warm-up came; give one step or more, and warmup_steps"
                 " from 0 to steps"
             )
+        if self.restart_step is not None and not self.warmup_steps <= self.restart_step < self.steps:
+            raise InputError(
+                f"restart_step={self.restart_step} came; give one from warmup_steps ({self.warmup_steps}) to below"
+                f" steps ({self.steps})"
+            )
 
 
 def learning_rate(step: int, optimisation: Optimisation) -> float:
-    """Give the learning rate of a step, counted from 1: linear from 0 to the peak, then half a cosine."""
-    warmup = optimisation.warmup_steps
-    if step < warmup:
-        return optimisation.lr * step / warmup
-    progress = (step - warmup) / max(optimisation.steps - warmup, 1)
-    share = optimisation.final_share
-    return optimisation.lr * (share + (1 - share) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+    """Give the learning rate of a step, counted from 1: linear from 0 to the peak, then half a cosine, or two."""
+    first, last, high = optimisation.warmup_steps, optimisation.steps, 1.0
+    if step < first:
+        return optimisation.lr * step / first
+    restart = optimisation.restart_step
+    if restart is not None and step <= restart:
+        last = restart
+    elif restart is not None:
+        first, high = restart, optimisation.restart_share
+    progress = (step - first) / max(last - first, 1)
+    low = optimisation.final_share
+    return optimisation.lr * (low + (high - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
 
 def wait(waited: Waited, figure: float, plateau: Plateau) -> Waited:
