@@ -107,6 +107,14 @@ def test_without_contrast_every_parameter_is_still_in_use():
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
+def test_masks_of_other_patches_are_refused():
+    coarse = [replace(v, masks={**v.masks, "sentinel1": v.masks["sentinel1"][:, :2, :2]}) for v in views()]
+    with pytest.raises(
+        InputError, match=r"sentinel1 has \[4, 4, 2\] patches and dates, and its mask is of \[2, 2, 2\]"
+    ):
+        make()(Views(tuple(coarse)))
+
+
 def test_values_where_data_are_missing_do_not_matter():
     model, (a, b) = make(), views()
     other = {m: x.clone() for m, x in a.inputs.items()}

@@ -88,6 +88,70 @@ def test_all_modalities_together_are_one_long_row():
     torch.testing.assert_close(all_discrimination(joined), all_discrimination(whole))
 
 
+def adjusted_by_hand(predicted, target, *, tau, mu, sigma):
+    p, t = F.normalize(predicted, dim=-1), F.normalize(target, dim=-1)
+    losses = []
+    for j in range(len(p)):
+        cosines = [float(p[j] @ t[i]) for i in range(len(p)) if i != j]
+        weights = [math.exp(-((c - mu) ** 2) / (2 * sigma**2)) for c in cosines]
+        mean = sum(weights) / max(len(weights), 1)
+        rest = [math.exp(c * w / mean / tau) for c, w in zip(cosines, weights, strict=True)]
+        own = math.exp(float(p[j] @ t[j]) / tau)
+        losses.append(-math.log(own / (own + sum(rest))) * 2 * tau)
+    return sum(losses) / len(losses)
+
+
+def test_weights_of_negatives_are_those_of_the_options():
+    predicted, target, wanted = draw(8)
+    losses = [
+        adjusted_by_hand(p[w], t[w], tau=0.3, mu=0.2, sigma=0.5)
+        for p, t, w in zip(predicted, target, wanted, strict=True)
+        if w.any()
+    ]
+    config = {"type": "adjusted_patch_discrimination", "tau": 0.3, "mu": 0.2, "sigma": 0.5, "weight": 2.0}
+    (got,) = token_loss(pairs_of(predicted, target, wanted), config).values()
+    assert float(got) == pytest.approx(2 * sum(losses) / len(losses), rel=1e-4)
+
+
+def test_negatives_of_the_whole_batch_count_by_sample():
+    predicted, target, wanted = draw(9)
+    p, t = F.normalize(predicted[wanted], dim=-1), F.normalize(target[wanted], dim=-1)
+    losses = -(p @ t.T / 0.2).log_softmax(1).diagonal() * 2 * 0.2
+    each = [part.mean() for part in losses.split(wanted.sum(1).tolist()) if len(part)]
+    (got,) = token_loss(pairs_of(predicted, target, wanted), {"type": "all_discrimination", "tau": 0.2}).values()
+    torch.testing.assert_close(got, torch.stack(each).sum() / len(wanted))
+
+
+def standardised_by_hand(predicted, wanted, sizes):
+    """Predictions of each group of tokens with zero mean and unit variance per dimension over those to decode."""
+    parts = []
+    for x, w in zip(predicted.split(sizes, 1), wanted.split(sizes, 1), strict=True):
+        chosen = x[w]
+        parts.append((x - chosen.mean(0)) / (chosen.std(0) + 1e-4))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "discrimination" in name])
+def test_predictions_are_standardised_where_the_options_say_so(name):
+    predicted, target, wanted = draw(10)
+    sizes = list(SIZES.values()) if name.startswith("modality") else [sum(SIZES.values())]
+    before = pairs_of(standardised_by_hand(predicted, wanted, sizes), target, wanted)
+    expected = sum(token_loss(before, {"type": name}).values())
+    got = sum(token_loss(pairs_of(predicted, target, wanted), {"type": name, "pred2unit": True}).values())
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [0, 1]])
+def test_standardising_what_does_not_vary_keeps_numbers_finite(wanted):
+    predicted, valid = torch.ones(1, 2, 3, requires_grad=True), torch.zeros(1, 2, dtype=torch.bool)
+    valid[0, wanted] = True
+    pair = Pair(predicted=predicted, target=torch.eye(2, 3)[None], valid=valid)
+    loss = patch_discrimination(pair, pred2unit=True)
+    loss.backward()
+    assert loss.isfinite()
+    assert predicted.grad.isfinite().all()
+
+
 def test_a_token_that_is_found_for_sure_costs_nothing():
     x = torch.eye(4)[None] * 5
     pair = Pair(predicted=x, target=x, valid=torch.ones(1, 4, dtype=torch.bool))

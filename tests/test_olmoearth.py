@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from panterra import Batch, InputError, Observation, collate, load_model
+from panterra.models.convert import olmoearth_config
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig, released_config
 from panterra.models.weights import MODELS
@@ -174,11 +175,47 @@ def test_every_parameter_is_initialised(monkeypatch):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_patches_are_counted_in_pixels_of_the_sensor_where_it_has_a_grid_of_its_own():
+    torch.manual_seed(0)
+    config = replace(SMALL, modalities=("naip", "naip_10", "era5_10"), observed=("naip", "naip_10", "era5_10"))
+    model = OlmoEarth(config).eval()
+    fine, coarse = (Batch(observations={m: observe(4, ["2023-01-01"], size=32)}) for m in ("naip", "naip_10"))
+    assert model.encode(fine, patch_m=2.5).patches.shape[1:3] == (8, 8)
+    assert model.encode(coarse, patch_m=40).patches.shape[1:3] == (2, 2)
+    with pytest.raises(InputError, match=r"for 0\.625 m pixels choose one of 0\.625, 1\.25"):
+        model.encode(fine, patch_m=40)
+    with pytest.raises(InputError, match=r"naip \(0\.625 m\), naip_10 \(10 m\); give those of one size"):
+        model.encode(Batch(observations=fine.observations | coarse.observations), patch_m=40)
+
+
+def test_patches_wider_than_any_in_training_work_as_in_the_published_fine_tuning(model):
+    assert model.encode(sample(), patch_m=160).patches.shape[1:3] == (1, 1)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_left_out_where_nothing_is_resized(model):
+    pixels, stamps = torch.randn(1, 1, 12, 20, 17), torch.tensor([[[1, 3, 2023]]])
+    every, whole = (
+        model({"sentinel2_l2a": x}, stamps, patch_px=8).tokens["sentinel2_l2a"] for x in (pixels, pixels[..., :16, :16])
+    )
+    torch.testing.assert_close(every, whole)
+
+
+def test_a_checkpoint_of_other_sensors_looks_at_all_but_the_maps_that_are_predicted():
+    def looked_at(*names):
+        encoder = {"supported_modality_names": list(names), "embedding_size": 32, "use_linear_patch_embed": False}
+        return olmoearth_config({"model": {"encoder_config": encoder}}).observed
+
+    assert looked_at("sentinel2_l2a", "era5_10", "worldcover", "naip_10") == ("sentinel2_l2a", "era5_10", "naip_10")
+    assert looked_at("worldcover", "srtm") == ("worldcover", "srtm")
+
+
 @pytest.mark.parametrize(
     ("batch", "patch_m", "message"),
     [
         (lambda: sample(), 25, "for 10 m pixels choose one of 10, 20"),
-        (lambda: sample(), 90, "for 10 m pixels choose one of 10, 20"),
+        (lambda: sample(), float("nan"), "patch_m is nan; for 10 m pixels choose one of 10, 20"),
+        (lambda: sample(), float("inf"), "patch_m is inf; for 10 m pixels"),
+        (lambda: sample(), 170, "for 10 m pixels choose one of 10, 20.*up to 160"),
         (lambda: Batch(observations={"srtm": observe(1, ["2023-01-01"])}), 40, "trained to predict srtm"),
         (lambda: Batch(observations={"spot": observe(3, ["2023-01-01"])}), 40, "does not know spot"),
         (lambda: sample(), 30, "16 x 16 pixels is not a whole number of 3-pixel patches"),

@@ -13,6 +13,7 @@ from panterra.data.olmoearth_h5 import (
     PretrainingBatch,
     PretrainingBatches,
     Sample,
+    collate_items,
     draw_crop_size,
     missing_tokens,
     num_dates,
@@ -178,6 +179,18 @@ def test_derived_modalities(corpus):
     assert (got["worldcover_onehot"].sum(1) == 1).all()
 
 
+def test_places_are_read_as_what_never_varies(corpus):
+    corpus, samples = corpus
+    names = ("sentinel2_l2a", "latlon")
+    items = [read_item(corpus.path(i), names, rng=rng(), normalise=normalize_olmoearth) for i in (0, 4)]
+    batch = collate_items(items, patch_px=4, groups=V1_GROUPS)
+    low, high = normalize.olmoearth_range("latlon")
+    wanted = torch.tensor([samples[i].latlon for i in (0, 4)], dtype=torch.float64)
+    torch.testing.assert_close(batch.inputs["latlon"][:, 0, :, 0, 0], ((wanted - low) / (high - low)).float())
+    assert batch.missing["latlon"].shape == (2, 1, 1, 1, 1)
+    assert not batch.missing["latlon"].any()
+
+
 def test_tokens_are_missing_where_the_first_pixel_lacks_a_band():
     pixels = torch.zeros(1, 2, 12, 8, 8)
     bands_ = MODALITIES["sentinel2_l2a"].band_names
@@ -196,6 +209,7 @@ def test_usable_samples_have_a_series(corpus):
     corpus, _ = corpus
     assert corpus.usable(ALL).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert corpus.usable(("sentinel1", "worldcover")).tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert corpus.usable(("ndvi", "worldcover")).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert corpus.usable(ALL, only=[3, 4, 9]).tolist() == [4, 9]
     half = corpus.usable(ALL, fraction=0.5, seed=1)
     assert len(half) == 4

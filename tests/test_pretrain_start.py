@@ -9,6 +9,7 @@ import torch
 
 import miniatures
 from panterra.cli import main
+from panterra.commands.pretrain import dry_run, show_plan
 from panterra.errors import InputError
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.anysat_predictor import AnySatPredictorConfig
@@ -156,6 +157,44 @@ def test_an_olmoearth_starts_with_its_encoder_and_a_fresh_teacher(tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert inherit(settings, start.about).licence == "OlmoEarth Artifact License"
     assert inherit(replace(settings, licence="other"), start.about).licence == "other"
+
+
+@pytest.mark.parametrize("changes", [(), ("encoder.output_dim=16",)])
+def test_a_teacher_that_follows_starts_as_the_student(tmp_path, changes):
+    given = an_olmoearth_recipe("encoder.modalities=sentinel2_l2a,worldcover", *changes)
+    moving = ("teacher.momentum_start=0.996", "encoder.modalities=sentinel2_l2a,worldcover,srtm", *changes)
+    settings = an_olmoearth_recipe(*moving)
+    folder = str(save_model(OlmoEarth(given.encoder), tmp_path / "model"))
+    start = read_start(settings, folder)
+    assert start.about["parts"] == ["student", "teacher"]
+    begun = begin_from(a_run(settings, lambda: LatentMIM(settings.objective)), start).objective()
+    student = begun.encoder.state_dict()
+    assert all(torch.equal(value, student[key]) for key, value in begun.teacher.state_dict().items())
+    own = read_start(override(settings, ["teacher.seed=3"]), folder)  # who asks for other weights gets them
+    assert own.about["parts"] == ["student"]
+
+
+def test_a_dry_run_says_what_it_would_start_from(encoder, tmp_path, capsys):
+    settings = an_olmoearth_recipe("encoder.modalities=sentinel2_l2a,srtm", "side_patches=2")
+    model = OlmoEarth(settings.encoder)
+    model.licence = "OlmoEarth Artifact License"
+    folder = str(save_model(model, tmp_path / "model"))
+    plan = dry_run(settings, [], start=folder, tflops=1)
+    told = plan.as_dict()
+    assert (told["start"]["source"], told["start"]["parts"]) == (folder, ["student"])
+    assert told["recipe"]["licence"] == "OlmoEarth Artifact License"
+    assert {key: told[key] for key in told if key not in ("start", "recipe")} == {
+        key: value for key, value in dry_run(settings, [], tflops=1).as_dict().items() if key != "recipe"
+    }
+    show_plan(plan)
+    said = capsys.readouterr().out
+    assert f"Starts from {folder} (student), licence OlmoEarth Artifact License, SHA-256 " in said
+    show_plan(dry_run(flair_small(), [], start=str(encoder)))
+    assert f"Starts from {encoder} (student, teacher), licence MIT" in capsys.readouterr().out
+    with pytest.raises(InputError, match="dim of its encoder is 32 and the recipe's is 64"):
+        dry_run(override(settings, ["encoder.dim=64"]), [], start=folder, tflops=1)
+    with pytest.raises(InputError, match="calibrates itself; leave out --start"):
+        dry_run(recipe("panterra-nano"), [], start=folder)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def pretrain(
             tflops=tflops,
             watts=watts,
             country=country,
+            start=start,
         )
         show_json(plan.as_dict()) if as_json else command.show_plan(plan)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,21 @@ from panterra.recipes.plan import (
     published_facts,
 )
 from panterra.recipes.run import make_run, write_card
-from panterra.recipes.start import Start, begin_from, inherit, noted_start, open_start
+from panterra.recipes.start import Start, begin_from, inherit, noted_start, open_start, read_start
 from panterra.train.loop import Options, TrainResult, export, train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedPlan:
+    """A run as it would be, and the weights that it would start from."""
+
+    plan: Plan | AnySatPlan
+    start: Mapping[str, Any]
+    """What the run would note of them, see `panterra.recipes.start.Start`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {**self.plan.as_dict(), "start": dict(self.start)}
 
 
 def configured(name: str, changes: Sequence[str], *, precision: str | None = None) -> Recipe:
@@ -71,8 +84,7 @@ def run_pretrain(
     first = is_first_rank()
     with recorded("pretrain", model=settings.name, country=options.country) if first else nullcontext():
         if isinstance(settings, NanoRecipe):
-            if start is not None:
-                raise InputError(f"{settings.name} starts from weights that it calibrates itself; leave out --start")
+            _refuse_start(settings, start)
             if data or labelled is not None:
                 raise InputError(
                     f"{settings.name} draws the places that it learns from; leave out --data and --labelled"
@@ -87,6 +99,11 @@ def run_pretrain(
         if labelled is not None:
             raise InputError("nearest neighbours on the way are for OlmoEarth's runs; leave out --labelled")
         return run_anysat(settings, [str(path) for path in data], out, options, start=began)
+
+
+def _refuse_start(settings: NanoRecipe, start: str | None) -> None:
+    if start is not None:
+        raise InputError(f"{settings.name} starts from weights that it calibrates itself; leave out --start")
 
 
 def _run_olmoearth(
@@ -142,22 +159,46 @@ def dry_run(
     settings: Recipe,
     data: Sequence[str | Path],
     *,
+    start: str | None = None,
     ranks: int = 1,
     sharded: bool = False,
     device: str = "auto",
     tflops: float | None = None,
     watts: float | None = None,
     country: str | None = None,
-) -> Plan | AnySatPlan | NanoPlan:
+) -> Plan | AnySatPlan | NanoPlan | StartedPlan:
     """Count a run; without corpora, one over the published corpus or data sets.
 
     `tflops` and `watts` are those of one rank. Without `tflops` this machine is measured; what it draws is only known
-    for itself, so that a given speed without given watts leaves the energy open.
+    for itself, so that a given speed without given watts leaves the energy open. Raises InputError where the weights to
+    `start` from do not fit.
     """
     if isinstance(settings, NanoRecipe):
+        _refuse_start(settings, start)
         return dry_run_nano(settings)
+    about = None if start is None else read_start(settings, start).about
+    settings = inherit(settings, about)
+    plan: Plan | AnySatPlan
     if isinstance(settings, AnySatRecipe):
-        return dry_run_anysat(settings, [str(path) for path in data], ranks=ranks)
+        plan = dry_run_anysat(settings, [str(path) for path in data], ranks=ranks)
+    else:
+        plan = _dry_run_olmoearth(
+            settings, data, ranks=ranks, sharded=sharded, device=device, tflops=tflops, watts=watts, country=country
+        )
+    return plan if about is None else StartedPlan(plan=plan, start=about)
+
+
+def _dry_run_olmoearth(
+    settings: OlmoEarthRecipe,
+    data: Sequence[str | Path],
+    *,
+    ranks: int,
+    sharded: bool,
+    device: str,
+    tflops: float | None,
+    watts: float | None,
+    country: str | None,
+) -> Plan:
     corpora = [open_corpus(folder) for folder in data]
     facts = facts_of(corpora, settings) if corpora else published_facts(settings)
     if device == "auto":
@@ -231,8 +272,16 @@ def show_recipes(listed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     )
 
 
-def show_plan(plan: Plan | AnySatPlan | NanoPlan) -> None:
+def show_plan(plan: Plan | AnySatPlan | NanoPlan | StartedPlan) -> None:
     """Print a run as it would be."""
+    if isinstance(plan, StartedPlan):
+        show_plan(plan.plan)
+        about = plan.start
+        print(
+            f"\nStarts from {about['source']} ({', '.join(about['parts'])}), licence "
+            f"{about['licence'] or 'not stated'}, SHA-256 {about['sha256'][:16]}; it fits"
+        )
+        return
     if isinstance(plan, NanoPlan):
         show_nano_plan(plan)
         return

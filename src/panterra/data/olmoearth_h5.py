@@ -37,6 +37,8 @@ MISSING = -99999.0
 """What stands for a value that is not there, before and after normalisation."""
 ZSTD_FILTER = 32015
 WORLDCOVER_CODES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100)
+SOURCE = {"ndvi": "sentinel2_l2a", "worldcover_onehot": "worldcover"}
+"""Modalities that are made when read, and what of."""
 _PRESENCE = "missing_timesteps_masks"  # True where a date is present, in spite of the name
 
 BandSets = tuple[tuple[str, ...], ...]
@@ -85,8 +87,8 @@ class Corpus:
         self, modalities: Sequence[str], *, fraction: float = 1.0, seed: int = 0, only: Iterable[int] | None = None
     ) -> Int[np.ndarray, " k"]:
         """List the samples that have at least one of the series asked for, or a random fraction of them, sorted."""
-        series = [m for m in modalities if m in self.modalities and MODALITIES[m].kind == "series"]
-        kept = self.has[:, [self.modalities.index(m) for m in series]].any(1)
+        stored = [SOURCE.get(m, m) for m in modalities if MODALITIES[m].kind == "series"]
+        kept = self.has[:, [self.modalities.index(m) for m in stored if m in self.modalities]].any(1)
         if only is not None:
             listed = np.zeros_like(kept)
             listed[list(only)] = True
@@ -375,12 +377,8 @@ class _Window:
     side: int
 
 
-_SOURCE = {"ndvi": "sentinel2_l2a", "worldcover_onehot": "worldcover"}
-"""Modalities that are made when read, and what of."""
-
-
 def _to_read(modalities: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_SOURCE.get(m, m) for m in modalities))
+    return list(dict.fromkeys(SOURCE.get(m, m) for m in modalities))
 
 
 def _presence(file: h5py.File, modality: str) -> Bool[np.ndarray, " 12"]:
@@ -407,8 +405,14 @@ def _tile_px(stored: Mapping[str, h5py.Dataset], path: Path) -> int:
 def _read(
     stored: h5py.Dataset | None, modality: str, window: _Window, present: Bool[np.ndarray, " 12"] | None
 ) -> Float[Tensor, "*grid c"]:
-    """Read a window as [row, column, date, band], or [date, band] for weather, with -99999 for what is missing."""
+    """Read a window as [row, column, date, band], [date, band] for weather or [band] for what never varies.
+
+    What is missing is -99999.
+    """
     kind, bands = MODALITIES[modality].kind, len(MODALITIES[modality].bands)
+    if kind == "constant":
+        whole = np.full(bands, MISSING) if stored is None else stored[:]
+        return torch.from_numpy(whole.astype(np.float32))
     factor = _factor(modality)
     side = window.side * factor
     dates = 1 if kind == "still" else window.dates
@@ -452,7 +456,7 @@ def _part(stored: h5py.Dataset, rows: slice, *others: slice) -> np.ndarray:
 
 def _derive(raw: Mapping[str, Float[Tensor, "*grid c"]], modality: str) -> Float[Tensor, "*grid c"]:
     """Make the vegetation index and one-hot land cover from what was read (OlmoEarth)."""
-    x = raw[_SOURCE.get(modality, modality)]
+    x = raw[SOURCE.get(modality, modality)]
     if modality == "ndvi":
         names = MODALITIES["sentinel2_l2a"].band_names
         red, infrared = (x[..., names.index(band), None] for band in ("B04", "B08"))
@@ -465,6 +469,8 @@ def _derive(raw: Mapping[str, Float[Tensor, "*grid c"]], modality: str) -> Float
 
 
 def _dates_first(x: Float[Tensor, "*grid c"], modality: str) -> Float[Tensor, "t c y x"]:
+    if MODALITIES[modality].kind == "constant":
+        return x[None, :, None, None]
     if MODALITIES[modality].kind == "weather":
         return x[..., None, None]
     return x.permute(2, 3, 0, 1).contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.olmoearth import OBSERVED, SPATIAL_FACTOR, BandSets, OlmoEarthConfig, Position
+from panterra.models.olmoearth import SPATIAL_FACTOR, TARGET_ONLY, BandSets, OlmoEarthConfig, Position
 
 Json = Mapping[str, Any]
 
@@ -75,7 +75,7 @@ def _trunk_config(part: Json) -> OlmoEarthConfig:
         heads=int(part.get("num_heads", 2)),
         mlp_ratio=float(part.get("mlp_ratio", 1.0)),
         modalities=names,
-        observed=tuple(name for name in OBSERVED if name in names),
+        observed=tuple(name for name in names if name not in TARGET_ONLY) or names,
         band_sets=_band_sets(part.get("tokenization_config")),
         position=_position(position),
         rope_base=float(part.get("rope_base", 10000.0)),

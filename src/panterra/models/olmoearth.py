@@ -42,6 +42,8 @@ TARGET_ONLY = ("worldcover", "srtm", "openstreetmap_raster", "wri_canopy_height_
 
 SPATIAL_FACTOR = {"naip_10": 4}
 """Pixels per pixel of the common grid, along a side, where it is not 1."""
+WIDEST = 2
+"""Times the patch size that every patch is resized to: the widest that is embedded (OlmoEarth's fine-tuning)."""
 
 Position = Literal["absolute", "rope", "rope_mixed", "rope_3d", "rope_3d_mixed", "none"]
 Attend = Literal["masked", "published_eval", "published_fast"]
@@ -101,9 +103,13 @@ class OlmoEarthConfig:
 
 
 def check_width(config: OlmoEarthConfig) -> None:
-    """Refuse a width that the quarters of the encodings or the heads do not divide. Raises InputError."""
+    """Refuse a width that the encodings or the heads cannot divide. Raises InputError.
+
+    Each encoding has a quarter of the width, rounded down: sines and cosines, for places those of column and row.
+    """
     dim, heads, turned = config.dim, config.heads, config.position.startswith("rope")
-    if min(dim, heads) < 1 or dim % 16 or dim % (4 * heads if turned else heads):
+    parts = 4 if config.position == "absolute" else 2
+    if min(dim, heads) < 1 or dim // 4 % parts or dim % (4 * heads if turned else heads):
         each = "4 per head" if turned else "the heads"
         raise InputError(f"a width of {dim} with {heads} heads; take a multiple of 16 and of {each}")
 
@@ -505,12 +511,14 @@ class OlmoEarth(nn.Module):
     def encode(self, batch: Batch, *, patch_m: float, dense: bool = False, tokens: bool = False) -> Features:
         """Embed a batch in declared units; patches are 1 to 8 pixels of the common grid (10 to 80 m at 10 m).
 
+        Up to 16 work, on which no released model was trained.
         `patches` is the mean over dates and band sets of each modality, then over modalities; `summary` the mean over
         all tokens (OlmoEarth). Raises InputError for modalities or sizes that the model cannot take.
         """
         if dense:
             raise InputError("OlmoEarth has no sub-patch features; ask for a smaller patch_m instead of dense=True")
-        patch_px = self._patch_px(batch, patch_m)
+        pixel_m = self._grid_m(batch)
+        patch_px = self._patch_px(pixel_m, patch_m)
         aligned = align(
             {m: batch.observations[m] for m in self._usable(batch, patch_px)}, tolerance_days=self.align_days
         )
@@ -529,7 +537,7 @@ class OlmoEarth(nn.Module):
             inputs,
             aligned.timestamps,
             patch_px=patch_px,
-            pixel_m=batch.pixel_m,
+            pixel_m=pixel_m,
             visible=visible,
             attention=self.attention,
         )
@@ -542,11 +550,26 @@ class OlmoEarth(nn.Module):
             tokens=out.tokens if tokens else None,
         )
 
-    def _patch_px(self, batch: Batch, patch_m: float) -> int:
-        patch_px = round(patch_m / batch.pixel_m)
-        if abs(patch_px * batch.pixel_m - patch_m) > 1e-6 or not 1 <= patch_px <= self.config.base_patch_px:
-            sizes = ", ".join(f"{n * batch.pixel_m:g}" for n in range(1, self.config.base_patch_px + 1))
-            raise InputError(f"patch_m is {patch_m:g}; for {batch.pixel_m:g} m pixels choose one of {sizes}")
+    def _grid_m(self, batch: Batch) -> float:
+        """Measure the pixels that patches are counted in: as a rule those of the common grid."""
+        sizes = {
+            m: batch.pixel_m * (MODALITIES[m].gsd * SPATIAL_FACTOR.get(m, 1) / 10)
+            for m in batch.observations
+            if m in self.modalities and MODALITIES[m].kind in ("series", "still")
+        }
+        if len({*sizes.values()}) > 1:
+            listed = ", ".join(f"{m} ({size:g} m)" for m, size in sizes.items())
+            raise InputError(f"patches cannot be the same pixels of {listed}; give those of one size at a time")
+        return next(iter(sizes.values()), batch.pixel_m)
+
+    def _patch_px(self, pixel_m: float, patch_m: float) -> int:
+        patch_px, base = round(patch_m / pixel_m) if math.isfinite(patch_m) else 0, self.config.base_patch_px
+        if abs(patch_px * pixel_m - patch_m) > 1e-6 or not 1 <= patch_px <= WIDEST * base:
+            sizes = ", ".join(f"{n * pixel_m:g}" for n in range(1, base + 1))
+            raise InputError(
+                f"patch_m is {patch_m:g}; for {pixel_m:g} m pixels choose one of {sizes}, or a multiple of "
+                f"{pixel_m:g} up to {WIDEST * base * pixel_m:g}, on which it was not trained"
+            )
         return patch_px
 
     def _usable(self, batch: Batch, patch_px: int) -> list[str]:

@@ -44,11 +44,14 @@ def to_patches(
 ) -> Float[Tensor, "b rows cols features"]:
     """Cut images into patches of `patch_px` pixels, each resized to `size` pixels and flattened.
 
-    The whole image is resized, as OlmoEarth does, so values leak a little across patch borders. Features run
-    (band, row, column), or (row, column, band) with `channels_last`.
+    The whole image is resized, as OlmoEarth does, so values leak a little across patch borders, and pixels beyond the
+    last whole patch count too; where nothing is resized, they are left out. Features run (band, row, column), or
+    (row, column, band) with `channels_last`.
     """
     rows, cols = images.shape[-2] // patch_px, images.shape[-1] // patch_px
     if patch_px != size:
         images = resize(images, rows * size, cols * size)
+    elif images.shape[-2] % size or images.shape[-1] % size:
+        images = images[..., : rows * size, : cols * size]
     order = "b c (h p) (w q) -> b h w (p q c)" if channels_last else "b c (h p) (w q) -> b h w (c p q)"
     return rearrange(images, order, p=size, q=size)

@@ -194,6 +194,7 @@ class LatentMIM(nn.Module):
         seen, wanted = Packed.of(values == VISIBLE), Packed.of(values == DECODE)
         line = TokenLine.of({m: mask.shape for m, mask in batch.masks.items()}, values.device)
         patches = cut_patches(self.encoder.patch_embeddings, batch.inputs, batch.patch_px)
+        _check_masks(patches, batch.masks)
         kept = self._draw_bands(visible, len(views), generator)
         embedded = embed_chosen(self.encoder.patch_embeddings, patches, visible, place=batch.place, kept=kept)
         latent, pooled = self.encoder.encode_packed(embedded, line, seen, batch.timestamps, step)
@@ -281,6 +282,17 @@ class LatentMIM(nn.Module):
             layers = self.reconstructor.layers
             rest += [p for m, part in layers.items() if m not in present for p in part.parameters()]
         return 0.0 * sum((p.sum() for p in rest), self.predictor.mask_token.new_zeros(()))
+
+
+def _check_masks(patches: Patches, masks: Masks) -> None:
+    """Refuse masks of other patches than the images are cut into. Raises InputError."""
+    for m, (first, *_) in patches.items():
+        _, dates, rows, cols, _ = first.shape
+        if masks[m].shape[1:4] != (rows, cols, dates):
+            wanted, found = ([rows, cols, dates], list(masks[m].shape[1:4]))
+            raise InputError(
+                f"{m} has {wanted} patches and dates, and its mask is of {found}; mask what the images are cut into"
+            )
 
 
 def draw_bands(

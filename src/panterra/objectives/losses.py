@@ -84,17 +84,17 @@ def patch_discrimination(
     pair: Pair,
     *,
     temperature: float = 0.1,
-    standardise: bool = False,
+    pred2unit: bool = False,
     same_target: float | None = None,
     across_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of picking each token's own target among its sample's, times twice the temperature.
 
-    The mean over a sample's tokens, then over the samples that have any. `standardise` first gives predictions unit
+    The mean over a sample's tokens, then over the samples that have any. `pred2unit` first gives predictions unit
     variance over the batch, per dimension. With `same_target`, targets whose cosine exceeds it do not count as each
     other's negatives; a sample in which some token is left without any negative is skipped.
     """
-    if standardise:
+    if pred2unit:
         pair = _standardised(pair, views=1, across_ranks=across_ranks)
     per_sample, counted = _discriminated(pair, temperature=temperature, same_target=same_target)
     return _mean_where(per_sample, counted, across_ranks=across_ranks)
@@ -121,16 +121,24 @@ def _discriminated(
 
 
 def adjusted_patch_discrimination(
-    pair: Pair, *, temperature: float = 0.1, mean: float = 0.7, std: float = 1.0, across_ranks: bool = False
+    pair: Pair,
+    *,
+    temperature: float = 0.1,
+    mu: float = 0.7,
+    sigma: float = 1.0,
+    pred2unit: bool = False,
+    across_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """Patch discrimination in which negatives weigh by how close they are to being confused.
 
     A negative's logit is multiplied by a Gaussian of its cosine, relative to the other negatives of its token.
     """
+    if pred2unit:
+        pair = _standardised(pair, views=1, across_ranks=across_ranks)
     cosine = _unit(pair.predicted) @ _unit(pair.target).mT
     own = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
     negative = pair.valid[:, None, :] & ~own
-    weight = (-0.5 * ((cosine.detach() - mean) / std) ** 2).exp().masked_fill(~negative, 0.0)
+    weight = (-0.5 * ((cosine.detach() - mu) / sigma) ** 2).exp().masked_fill(~negative, 0.0)
     weight = weight / _masked_mean(weight, negative)[..., None].clamp(min=torch.finfo(weight.dtype).tiny)
     logits = torch.where(negative, cosine * weight, cosine) / temperature
     loss = logits.masked_fill(~(negative | own), _NEVER).logsumexp(2) - logits.diagonal(dim1=1, dim2=2)
@@ -138,8 +146,10 @@ def adjusted_patch_discrimination(
     return _mean_where(per_sample, pair.valid.any(1), across_ranks=across_ranks)
 
 
-def all_discrimination(pair: Pair, *, temperature: float = 0.1) -> Float[Tensor, ""]:
+def all_discrimination(pair: Pair, *, temperature: float = 0.1, pred2unit: bool = False) -> Float[Tensor, ""]:
     """Cross-entropy of picking each token's own target among those of the whole batch; each sample weighs the same."""
+    if pred2unit:
+        pair = _standardised(pair, views=1, across_ranks=False)
     p, t = _unit(pair.predicted[pair.valid]), _unit(pair.target[pair.valid])
     logits = p @ t.mT / temperature
     loss = logits.logsumexp(1) - logits.diagonal()
@@ -358,13 +368,17 @@ def _masked_mean(x: Float[Tensor, "*b k"], valid: Bool[Tensor, "*b k"]) -> Float
 
 
 def _standardised(pair: Pair, *, views: int, across_ranks: bool) -> Pair:
-    """Give predictions zero mean and unit variance per dimension over all tokens of each view's batch."""
+    """Give predictions zero mean and unit variance per dimension over all tokens of each view's batch.
+
+    What does not vary, or is alone, becomes zero.
+    """
     valid = pair.valid.unflatten(0, (views, -1))[..., None]
     x = torch.where(valid, pair.predicted.float().unflatten(0, (views, -1)), 0.0)
     number = _total(valid.sum((1, 2), keepdim=True).float(), across_ranks=across_ranks)
-    mean = _total(x.sum((1, 2), keepdim=True), across_ranks=across_ranks) / number
+    mean = _total(x.sum((1, 2), keepdim=True), across_ranks=across_ranks) / number.clamp(min=1)
     spread = torch.where(valid, x - mean, 0.0).square().sum((1, 2), keepdim=True)
-    std = (_total(spread, across_ranks=across_ranks) / (number - 1)).sqrt()
+    variance = _total(spread, across_ranks=across_ranks) / (number - 1).clamp(min=1)
+    std = variance.clamp(min=1e-12).sqrt()  # the slope of the root at zero is infinite
     return replace(pair, predicted=((x - mean) / (std + 1e-4)).flatten(0, 1))
 
 

@@ -269,7 +269,8 @@ def modality_cross(
     """Deal by `base`, then let each sample see some band sets only and predict others (v1).
 
     As published, a band set that is not seen keeps what it has to decode, whether it was chosen for that or not. Where
-    only two band sets have data, a map that is never to be seen is the one to predict, wherever it is listed.
+    only one or two band sets have data, maps that are never to be seen are predicted, wherever they are listed; the
+    published code sees what is listed first.
     """
     masks = base(missing, generator=generator, encode_ratio=encode_ratio, decode_ratio=decode_ratio)
     masks = {m: mask.masked_fill(missing[m], MISSING) for m, mask in masks.items()}

@@ -29,6 +29,11 @@ class TeacherSettings:
     """Of the moving average by which the teacher follows the student; 1 leaves it as it is."""
     momentum_end: float = 1.0
 
+    @property
+    def follows(self) -> bool:
+        """Say whether it is the student's moving average from the start, without weights of its own."""
+        return self.seed is None and (self.momentum_start, self.momentum_end) != (1.0, 1.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OlmoEarthRecipe:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from panterra.data.olmoearth_h5 import Corpus, num_dates, read_tile_px
+from panterra.data.olmoearth_h5 import SOURCE, Corpus, num_dates, read_tile_px
 from panterra.energy import CORE_W
 from panterra.energy.grid import local_grid
 from panterra.errors import InputError
@@ -52,8 +52,9 @@ def facts_of(corpora: Sequence[Corpus], recipe: OlmoEarthRecipe) -> CorpusFacts:
     for corpus in corpora:
         kept = corpus.has[corpus.usable(recipe.modalities, fraction=recipe.fraction, seed=recipe.data_seed)]
         columns = {m: kept[:, i] for i, m in enumerate(corpus.modalities)}
-        absent = np.zeros(len(kept), dtype=bool)
-        rows.append(np.stack([columns.get(m, absent) for m in recipe.modalities], axis=1))
+        # Every sample has its place, which no table lists.
+        absent = {m: np.full(len(kept), MODALITIES[m].kind == "constant") for m in recipe.modalities}
+        rows.append(np.stack([columns.get(SOURCE.get(m, m), absent[m]) for m in recipe.modalities], axis=1))
     has = np.concatenate(rows)
     if not len(has):
         raise InputError(f"no sample has any series of {', '.join(recipe.modalities)}; give another corpus")

@@ -124,7 +124,7 @@ def _anysat_start(recipe: AnySatRecipe, given: str) -> Start:
 
 
 def _olmoearth_start(recipe: OlmoEarthRecipe, given: str) -> Start:
-    """Start the student from an encoder; predictor and teacher, whose weights stay random, are fresh."""
+    """Start the student from an encoder, and a teacher that follows it; others stay random, as the predictor starts."""
     model = load_model(given)
     if not isinstance(model, OlmoEarth):
         raise InputError(
@@ -141,8 +141,15 @@ def _olmoearth_start(recipe: OlmoEarthRecipe, given: str) -> Start:
     fresh = [m for m in ours if m not in theirs and m not in recipe.encoder.observed]
     wanted = _without(wanted, fresh)
     entries = _fitting(given, recipe, wanted, _without(model.state_dict(), [m for m in theirs if m not in ours]))
-    state = {f"encoder.{key}": value for key, value in entries.items()}
-    return Start(about=_about(given, model, ["student"]), state=state)
+    parts = {"encoder": "student", "teacher": "teacher"} if recipe.teacher.follows else {"encoder": "student"}
+    taught = ("patch_embeddings.", "output.")  # all that a teacher has
+    state = {
+        f"{part}.{key}": value
+        for part in parts
+        for key, value in entries.items()
+        if part == "encoder" or key.startswith(taught)
+    }
+    return Start(about=_about(given, model, list(parts.values())), state=state)
 
 
 def _without(state: Mapping[str, Tensor], modalities: Sequence[str]) -> dict[str, Tensor]:
