@@ -340,6 +340,20 @@ def test_statistics_are_those_of_all_valid_pixels():
     assert found.channels == ("vv", "vh", "vv/vh")
 
 
+def test_statistics_by_sample_are_the_means_of_the_samples_own():
+    o = observe("sentinel1", samples=4)
+    valid = o.valid.clone()
+    valid[0, 1:], valid[2], valid[3] = False, False, False
+    valid[3, 0, 2, 2] = True
+    batch = Batch(observations={"sentinel1": replace(o, valid=valid)})
+    pixels = o.pixels.double().movedim(2, -1)
+    own = [torch.cat([x, x[:, :1] - x[:, 1:]], dim=1).numpy() for x in (pixels[i][valid[i]] for i in (0, 1, 3))]
+    found = fit_statistics([batch], by_sample=True)["s1"]
+    assert found.count == valid.sum()
+    np.testing.assert_allclose(found.mean, np.mean([x.mean(0) for x in own], axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.std, np.mean([x.std(0, ddof=1) for x in own[:2]], axis=0), rtol=1e-5)
+
+
 def test_statistics_standardise_what_is_encoded(encoder):
     batch = batch_of("sentinel2_l2a", "naip", "modis")
     shifted = Batch(observations={m: replace(o, pixels=o.pixels * 50 + 300) for m, o in batch.observations.items()})

@@ -6,6 +6,7 @@ import torch
 from panterra.errors import InputError
 from panterra.models.anysat import AnySatConfig
 from panterra.models.anysat_sensors import SENSORS
+from panterra.objectives.jepa import JEPALoss
 from panterra.recipes import anysat
 from panterra.recipes.anysat import GEOPLEX, RUNS, corrected, geoplex, run_from, validation
 from panterra.train.loop import Options, train
@@ -40,6 +41,7 @@ def test_geoplex_is_the_published_run():
     assert (recipe.warmup_steps, recipe.final_share, recipe.clip_norm) == (0, 1, None)
     assert (recipe.momentum_start, recipe.momentum_end, recipe.epochs, recipe.data_seed) == (0.996, 1, 200, 32)
     assert (recipe.epoch_steps(1), recipe.epoch_steps(3)) == (17952, 5984)
+    assert recipe.validation_samples // 20 == 4107
     assert geoplex("tiny").encoder.dim == 192
     assert geoplex("small").encoder.dim == 384
 
@@ -125,6 +127,23 @@ def test_validation_averages_the_losses_of_other_samples():
         losses = [objective(tiles) for step in range(2) for tiles in run.batches(0, 1)[step]]
     torch.testing.assert_close(found["loss"], float(sum(out.total for out in losses)) / 2)
     torch.testing.assert_close(found["contrast"], float(sum(out.contrast for out in losses)) / 2)
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(None, 4), (60, 3)])
+def test_validation_is_as_long_as_published_and_sees_all_dates(samples, steps):
+    recipe = replace(small(), validation_samples=samples)
+    recipe = replace(recipe, sources=(replace(recipe.sources[0], max_dates=2),))
+    run = run_from(recipe, {"planted": Tiles()}, held_out={"planted": Tiles()})
+    seen = []
+
+    class Watching(torch.nn.Linear):
+        def forward(self, tiles):
+            seen.append(tiles.inputs["s2"].values.shape[1])
+            return JEPALoss(**{name: torch.zeros(()) for name in ("total", "prediction", "contrast")})
+
+    run.checks[0].run(Watching(1, 1), 0)
+    assert seen == [4] * steps
+    assert run.batches(0, 1)[0][0].inputs["s2"].values.shape[1] == 2
 
 
 def first_tiles(recipe):

@@ -7,7 +7,6 @@ the folder alone. Without either the cases in `tests/golden` run, whose weights 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -23,6 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import parity_anysat_pretraining
+import parity_anysat_readers
+from panterra.evaluate.anysat_protocol import mlp_head
 from panterra.models.anysat import AnySat, AnySatConfig, Encoded, cells_to_image
 from panterra.models.anysat_attention import (
     Combiner,
@@ -39,15 +41,22 @@ from panterra.models.anysat_convert import (
 )
 from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector, encode_days
 from panterra.models.anysat_sensors import NEW_SENSORS, SENSORS, Sensor, hub_sensors
+from parity_anysat_pretraining import training_sensors
 
 ROOT = Path(__file__).parent.parent
 GIVEN = os.environ.get("PANTERRA_GOLDEN_ANYSAT") or os.environ.get("PANTERRA_GOLDEN")
 RTOL, ATOL = 1e-4, 2e-5
+MONO = "-mono"
 
 
-def close(got: Tensor, wanted: Tensor) -> None:
+def close(got: Tensor, wanted: Tensor, allowed: Mapping[str, float] | None = None) -> None:
+    """Compare to our tolerance; where the record names its own, one value in a thousand may be off by that."""
     assert got.shape == wanted.shape
-    torch.testing.assert_close(got.to(wanted.dtype), wanted, rtol=RTOL, atol=ATOL)
+    off = (got - wanted).abs() > ATOL + RTOL * wanted.abs()
+    if allowed and off.float().mean() < 1e-3:
+        torch.testing.assert_close(got.to(wanted.dtype), wanted, rtol=allowed["rtol"], atol=allowed["atol"])
+    else:
+        torch.testing.assert_close(got.to(wanted.dtype), wanted, rtol=RTOL, atol=ATOL)
 
 
 class Case:
@@ -58,6 +67,11 @@ class Case:
         self.tensors = load_file(path.with_suffix(".safetensors"))
         self.config: dict[str, Any] = self.listing.get("config", {})
         self.folder = path.parent
+        self.allowed: dict[str, float] | None = self.listing.get("suggested_tolerance")
+
+    def close(self, got: Tensor, wanted: Tensor) -> None:
+        """Compare by the tolerance of the record, too."""
+        close(got, wanted, self.allowed)
 
     def weights(self) -> dict[str, Tensor]:
         """The published state dict, with what the case adds to it."""
@@ -71,10 +85,14 @@ class Case:
             for name, entry in self.listing["inputs"].items()
         }
         order = self.listing["modality_order"]
+        for name in order:  # one image of a series, which the published code takes for that of day 120
+            if name.endswith(MONO) and f"{name}_dates" not in given:
+                given[name] = given[name][:, None]
+                given[f"{name}_dates"] = torch.full((len(given[name]), 1), 120)
         known = {f"{name}{end}" for name in order for end in ("", "_dates", "_mask")}
         assert set(given) <= known
         return {
-            name: Input(
+            name.removesuffix(MONO): Input(
                 values=given[name] if given[name].ndim == 5 else given[name][:, None],
                 days=given.get(f"{name}_dates"),
                 present=None if f"{name}_mask" not in given else given[f"{name}_mask"] > 0,
@@ -133,19 +151,20 @@ def check_release(path: Path) -> None:
     case = Case(path)
     sensors = {sensor.name: sensor for sensor in hub_sensors()}
     for name, value in case.listing.get("config_overrides", {}).items():
-        found = re.fullmatch(r"projectors\.([^.]+)\.reduce_scale", name)
+        found = re.fullmatch(r"projectors\.([^.]+)\.(reduce_scale|T)", name)
         assert found, f"{name} is not covered"
-        sensors[found[1]] = replace(sensors[found[1]], cell_m=10.0 * value)
+        change = {"cell_m": 10.0 * value} if found[2] == "reduce_scale" else {"period": value}
+        sensors[found[1]] = replace(sensors[found[1]], **change)
     model, inputs = case.model(sensors), case.inputs()
     assert case.listing["outputs"]
     for entry in case.listing["outputs"]:
         wanted = case.tensors[entry["tensor"]]
-        dense = (entry["output_modality"] or next(iter(inputs))) if entry["output"] == "dense" else None
+        dense = (entry.get("output_modality") or next(iter(inputs))) if entry["output"] == "dense" else None
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 scale, tile = int(entry["patch_size"]) // 10, entry["output"] == "tile"
                 out = model(inputs, scale=scale, dense=dense, patches=not tile, published_order=True)
-            close(OUTPUTS[entry["output"]](out), wanted)
+            case.close(OUTPUTS[entry["output"]](out), wanted)
     check_intermediates(case, model, inputs)
 
 
@@ -153,12 +172,13 @@ def check_intermediates(case: Case, model: AnySat, inputs: Mapping[str, Input]) 
     runs: dict[tuple[int, str | None], tuple[Recording, Encoded]] = {}
     for entry in case.listing.get("intermediates", []):
         kind, _, which = entry["tensor"].split(".", 2)[2].partition(".")
-        run = int(entry["patch_size"]), which if kind == "spatial_encoder_out" else None
+        fine = kind == "spatial_encoder_out" and not model.sensors[which].whole
+        run = int(entry["patch_size"]), which if fine else None
         if run not in runs:
             watched = Recording(model)
             runs[run] = watched, model(inputs, scale=run[0] // 10, dense=run[1])
             watched.stop()
-        close(intermediate(*runs[run], kind, which), case.tensors[entry["tensor"]])
+        case.close(intermediate(*runs[run], kind, which), case.tensors[entry["tensor"]])
 
 
 def intermediate(watched: Recording, out: Encoded, kind: str, which: str) -> Tensor:
@@ -176,34 +196,23 @@ def intermediate(watched: Recording, out: Encoded, kind: str, which: str) -> Ten
     return watched.kept["combiner.proj"]
 
 
-def training_sensors(config: Mapping[str, Any]) -> dict[str, Sensor]:
-    """Configure the sensors as a training configuration says."""
-    changed = {}
-    for name, sensor in {**SENSORS, **NEW_SENSORS}.items():
-        periods = config["T"]
-        period = periods if isinstance(periods, int) else periods.get(name, periods["default"])
-        reduce = config.get("l7_alos_reduce_scale", 3) if name in ("l7", "alos") else None
-        cell_m = sensor.cell_m if reduce is None else 10.0 * reduce
-        changed[name] = replace(sensor, period=period, cell_m=cell_m)
-    return changed
-
-
 def check_training_forward(path: Path) -> None:
     case = Case(path)
     model, inputs = case.model(training_sensors(case.config)), case.inputs()
     with torch.no_grad():
-        close(every_token(model(inputs, scale=case.listing["scale"])), case.tensors["out.tokens"])
+        case.close(every_token(model(inputs, scale=case.listing["scale"])), case.tensors["out.tokens"])
     watched = Recording(model)
-    out = model(inputs, scale=case.listing["scale"])
+    out = model(inputs, scale=case.listing["scale"], dense=case.config.get("keep_subpatch_modality") or None)
     last = f"blocks.{len(model.blocks) - 1}"
     known = {
         "out.tokens": lambda: every_token(out),
         "mid.encoder_tokens_in": lambda: watched.kept["blocks.0.in"],
         "mid.before_combiner": lambda: watched.kept[last],
+        "out.subpatches": lambda: out.embedded.cells,
     }
     for entry in case.listing["outputs"]:
         assert entry["tensor"] in known, f"{entry['tensor']} is not covered"
-        close(known[entry["tensor"]](), case.tensors[entry["tensor"]])
+        case.close(known[entry["tensor"]](), case.tensors[entry["tensor"]])
 
 
 def check_finetuning(path: Path) -> None:
@@ -213,14 +222,16 @@ def check_finetuning(path: Path) -> None:
     head = {name: case.tensors[entry["tensor"]] for name, entry in names.items()}
     keep = config["keep_subpatch_modality"] or None
     with torch.no_grad():
-        out = model(inputs, scale=config["scale"], dense=keep)
+        out = model(inputs, scale=config["scale"], dense=keep, published_order=True)
+    for entry in case.listing["outputs"]:
+        assert entry["tensor"] in ("out.logits", "mid.encoder_tokens"), f"{entry['tensor']} is not covered"
     if "mid.encoder_tokens" in case.tensors:
-        close(every_token(out, whole=True), case.tensors["mid.encoder_tokens"])
-    close(score(out, head, config), case.tensors["out.logits"])
+        case.close(every_token(out, whole=True), case.tensors["mid.encoder_tokens"])
+    case.close(score(out, head, config), case.tensors["out.logits"])
 
 
 def score(out: Encoded, head: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Apply a layer norm and a linear layer as the published heads do."""
+    """Apply a layer norm and a linear layer as the published heads do, or what models from scratch have on the tile."""
     if out.dense is not None:
         x = out.dense
     elif config["pooling"] is None:
@@ -228,6 +239,13 @@ def score(out: Encoded, head: Mapping[str, Tensor], config: Mapping[str, Any]) -
     else:
         rest = torch.cat([out.whole, out.patches.flatten(1, 2)], dim=1)
         x = {"token": out.tile, "avg": rest.mean(1), "max": rest.amax(1)}[config["pooling"]]
+    if "2.running_mean" in head:
+        last = max(int(name.split(".")[0]) for name in head)
+        hidden = [len(head[f"{i}.weight"]) for i in range(1, last, 3)]
+        classifier = mlp_head(x.shape[-1], len(head[f"{last}.weight"]), hidden)
+        classifier.load_state_dict(head, strict=False)  # how many batches were seen may be left out
+        with torch.no_grad():
+            return classifier.eval()(x)
     y = F.layer_norm(x, x.shape[-1:], head["0.weight"], head["0.bias"])
     y = F.linear(y, head["1.weight"], head["1.bias"])
     if y.ndim == 2:
@@ -280,8 +298,10 @@ def check_ltae(path: Path) -> None:
         if "mid.after_in_norm_channels_first" in t:
             close(normalised.mT, t["mid.after_in_norm_channels_first"])
         close(codes.repeat(1, 1, 16), t["mid.date_encoding"])
-        hidden = t["in.pad_mask"].permute(0, 2, 3, 1).flatten(0, 2) > 0
-        for visible, suffix in ((None, ""), (~hidden, "_with_pad_mask")):
+        sights: list[tuple[Tensor | None, str]] = [(None, "")]
+        if "in.pad_mask" in t:
+            sights.append((t["in.pad_mask"].permute(0, 2, 3, 1).flatten(0, 2) == 0, "_with_pad_mask"))
+        for visible, suffix in sights:
             weights = part.attend_dates(placed, visible)
             attention = weights.unflatten(1, (b, h, w)).movedim(-1, 2)
             pooled = torch.einsum("hnt,nthm->hnm", weights, placed.unflatten(-1, (16, -1)))
@@ -390,7 +410,7 @@ def check_buckets(path: Path) -> None:
 def check_places(path: Path) -> None:
     case = Case(path)
     days = torch.tensor([case.listing["dates_list"]])
-    known = {**SENSORS, **NEW_SENSORS}
+    known = {**SENSORS, **NEW_SENSORS, "s1-des": SENSORS["s1-asc"]}
     for name, wanted in case.tensors.items():
         kind, dim, *rest = name.split(".")
         if kind == "date":
@@ -419,9 +439,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "irpe_tables": check_buckets,
     "position_encodings": check_places,
 }
-for part in ("parity_anysat_pretraining", "parity_anysat_readers"):
-    if (ROOT / "tests" / f"{part}.py").is_file():
-        CHECKS |= importlib.import_module(part).CHECKS
+CHECKS |= parity_anysat_pretraining.CHECKS | parity_anysat_readers.CHECKS
 
 
 def check_of(path: Path) -> Callable[[Path], None] | None:
@@ -464,4 +482,6 @@ def test_case(path: Path) -> None:
 def test_every_file_belongs_to_a_case(folder: Path) -> None:
     listings = [path.read_text() for path in find_cases(folder)]
     for path in folder.glob("*.safetensors"):
+        if path.name.startswith("weights_"):
+            continue
         assert path.with_suffix(".json").is_file() or any(path.name in text for text in listings), path.name

@@ -55,6 +55,27 @@ def test_a_run_over_a_download_validates_resumes_and_gives_a_model(flair, tmp_pa
     assert model.statistics["s2"].mean == tuple(held["s2"]["mean"])
 
 
+def test_images_are_whole_to_train_on_and_folds_those_of_the_run(flair, tmp_path):
+    sides = [open_sets({"flair": flair}, split)["flair"][0].target.shape[-1] for split in ("train", "val")]
+    assert sides == [512, 500]
+    miniatures.pastis_hd(tmp_path)
+    alone = open_sets({"pastis_hd": tmp_path}, "train")
+    with_others = open_sets({"pastis_hd": tmp_path, "flair": flair}, "train")
+    assert [len(found["pastis_hd"]) for found in (alone, with_others)] == [5, 3]
+    assert len(open_sets({"pastis_hd": tmp_path}, "val")["pastis_hd"]) == 1
+
+
+def test_published_statistics_are_means_of_the_samples_own(flair, tmp_path):
+    samples = open_sets({"flair": flair}, "train")
+    published, pooled = (
+        kept_statistics(recipe(name), samples, tmp_path / name)["flair"]["s2"]
+        for name in ("anysat-flair", "anysat-flair-corrected")
+    )
+    share = ((published.count - 1) / published.count) ** 0.5  # of one sample, unbiased
+    assert pooled.mean == pytest.approx(published.mean)
+    assert pooled.std == pytest.approx([share * x for x in published.std])
+
+
 def test_statistics_are_those_of_the_samples(flair, tmp_path):
     settings = recipe("anysat-flair")
     samples = open_sets({"flair": flair}, "train")

@@ -126,6 +126,16 @@ def test_treesatai_ts(made):
     assert sample.batch.lonlat[0].numpy() == pytest.approx(miniatures.WEST_EAST, abs=0.05)
 
 
+@pytest.mark.parametrize(("name", "sensor"), [("treesatai_ts", "aerial"), ("flair", "aerial_flair")])
+def test_images_come_whole_for_random_crops(made, name, sensor):
+    folder, truth = made[name]
+    sample = open_labelled(name, folder, "train", crop=False)[0]
+    pixels = sample.batch.observations[sensor].pixels[0, 0]
+    image = truth["aerial"] if name == "treesatai_ts" else truth["train"]["image"]
+    np.testing.assert_array_equal(pixels.sum(0), image.astype("float32").sum(0))  # whatever the order of bands
+    assert name == "treesatai_ts" or sample.target.shape == (1, 512, 512)
+
+
 def test_treesatai_ts_orbits(made):
     folder, truth = made["treesatai_ts"]
     both = open_labelled("treesatai_ts", folder, "val", orbit="both")[0].batch.observations["sentinel1"]

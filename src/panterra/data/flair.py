@@ -30,10 +30,13 @@ class _Image:
     label: Path
 
 
-def open_flair(root: str | Path, split: str, *, offsets: Sequence[tuple[int, int]] = ((6, 6),)) -> LabelledSet:
+def open_flair(
+    root: str | Path, split: str, *, offsets: Sequence[tuple[int, int]] = ((6, 6),), crop: bool = True
+) -> LabelledSet:
     """Open a split; `offsets` say at which (row, column) of each image its crops of 500 pixels begin.
 
     The published test covers the 512 pixels by ((0, 0), (0, 12), (12, 0), (12, 12)); the series is the same for all.
+    `crop=False` leaves images and labels whole, of which the published training cuts 500 pixels at random.
     """
     check_split(CARD, split)
     if not offsets or any(not 0 <= o <= SIDE_PX - CROP_PX for pair in offsets for o in pair):
@@ -55,7 +58,7 @@ def open_flair(root: str | Path, split: str, *, offsets: Sequence[tuple[int, int
         raise InputError(
             f"{root} holds no image of {key}; wanted {folder.format('aerial')}/<domain>/<area>/**/IMG_*.tif"
         )
-    several = len(offsets) > 1
+    several = crop and len(offsets) > 1
     ids = [f"{name}@{row},{col}" if several else name for name in found for row, col in offsets]
     return LabelledSet(
         card=CARD,
@@ -63,7 +66,7 @@ def open_flair(root: str | Path, split: str, *, offsets: Sequence[tuple[int, int
         task=CARD.task,
         class_names=CARD.class_names,
         ids=ids,
-        read=partial(_read, split, found, centroids, offsets[0]),
+        read=partial(_read, split, found, centroids, offsets[0] if crop else None),
         files=partial(_files, found),
     )
 
@@ -85,11 +88,16 @@ def _series_files(folder: Path) -> tuple[Path, Path]:
 
 
 def _read(
-    split: str, found: Mapping[str, _Image], centroids: Mapping[str, Sequence[int]], offset: tuple[int, int], id: str
+    split: str,
+    found: Mapping[str, _Image],
+    centroids: Mapping[str, Sequence[int]],
+    offset: tuple[int, int] | None,
+    id: str,
 ) -> LabelledSample:
     name, _, place = id.partition("@")
-    row, col = map(int, place.split(",")) if place else offset
-    crop = np.s_[:, row : row + CROP_PX, col : col + CROP_PX]
+    side = SIDE_PX if offset is None else CROP_PX
+    row, col = map(int, place.split(",")) if place else offset or (0, 0)
+    crop = np.s_[:, row : row + side, col : col + side]
     image = found[name]
     if name not in centroids:
         raise InputError(f"{name} has no place in flair-2_centroids_sp_to_patch.json; download it again")

@@ -26,8 +26,11 @@ Orbit = Literal["ascending", "descending", "both"]
 _ORBITS: dict[str, tuple[str, ...]] = {"ascending": ("asc",), "descending": ("des",), "both": ("asc", "des")}
 
 
-def open_treesatai_ts(root: str | Path, split: str, *, orbit: Orbit = "ascending") -> LabelledSet:
-    """Open a split; plots on which no genus covers 7 % are left out, as published."""
+def open_treesatai_ts(root: str | Path, split: str, *, orbit: Orbit = "ascending", crop: bool = True) -> LabelledSet:
+    """Open a split; plots on which no genus covers 7 % are left out, as published.
+
+    `crop=False` leaves aerial images the margin beyond the plot, of which the published runs cut 300 pixels at random.
+    """
     check_split(CARD, split)
     if orbit not in _ORBITS:
         raise InputError(f"orbit is {orbit!r}; wanted one of {', '.join(_ORBITS)}")
@@ -44,7 +47,7 @@ def open_treesatai_ts(root: str | Path, split: str, *, orbit: Orbit = "ascending
         task=CARD.task,
         class_names=CARD.class_names,
         ids=tuple(present),
-        read=partial(_read, root, split, present, orbit),
+        read=partial(_read, root, split, present, orbit, crop),
         files=partial(_files, root),
     )
 
@@ -59,12 +62,15 @@ def _files(root: Path, name: str) -> tuple[Path, Path]:
     return root / "aerial" / name, root / "sentinel" / f"{Path(name).stem}.h5"
 
 
-def _read(root: Path, split: str, present: Mapping[str, frozenset[str]], orbit: str, name: str) -> LabelledSample:
+def _read(
+    root: Path, split: str, present: Mapping[str, frozenset[str]], orbit: str, crop: bool, name: str
+) -> LabelledSample:
     aerial, series = _files(root, name)
     image = read_image(aerial)
-    # The image reaches 0.4 m beyond the 60 m of the series on each side.
-    top, left = ((side - SIDE_PX) // 2 for side in image.pixels.shape[1:])
-    plot = image.pixels[None, :, top : top + SIDE_PX, left : left + SIDE_PX]
+    plot = image.pixels[None]
+    if crop:  # the image reaches 0.4 m beyond the 60 m of the series on each side
+        top, left = ((side - SIDE_PX) // 2 for side in image.pixels.shape[1:])
+        plot = plot[..., top : top + SIDE_PX, left : left + SIDE_PX]
     try:
         file = h5py.File(series, "r")
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from panterra.errors import InputError
-from panterra.modalities import MODALITIES
 from panterra.models.anysat_attention import (
     Combiner,
     Layout,
@@ -25,18 +24,20 @@ from panterra.models.anysat_attention import (
     fusion_block,
     places,
 )
-from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector
-from panterra.models.anysat_sensors import (
-    CELL_M,
-    SENSORS,
-    Sensor,
-    day_of_year,
-    declare,
-    read_channels,
-    sensor_of,
-    to_pixel_size,
+from panterra.models.anysat_inputs import (
+    as_published,
+    check_extent,
+    check_grid,
+    choose_sensors,
+    on_own_pixels,
+    preferred,
+    read_input,
+    whole_cells,
 )
-from panterra.models.anysat_statistics import Statistics, fit_statistics
+from panterra.models.anysat_inputs import tile_mean as tile_mean
+from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector
+from panterra.models.anysat_sensors import CELL_M, SENSORS, Sensor, declare, sensor_of
+from panterra.models.anysat_statistics import Statistics, as_json, fit_statistics, statistics_from_json
 from panterra.models.features import Features
 from panterra.models.layers import Block, works_in_place
 from panterra.sample import Batch, Observation
@@ -158,8 +159,7 @@ class AnySat(nn.Module):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The rows of `MODALITIES` it takes, those without which AnySat is rarely used first."""
-        rows = [m for sensor in self.config.sensors for m in sensor.modalities if m in MODALITIES]
-        return tuple(sorted(rows, key=lambda m: PREFERRED.index(m) if m in PREFERRED else len(PREFERRED)))
+        return preferred(self.config.sensors)
 
     @property
     def dense_dim(self) -> int:
@@ -322,10 +322,11 @@ class AnySat(nn.Module):
         the one it prefers.
         Where a tile is not a whole number of patches, or a sensor has no statistics, InputError says what to do.
         """
-        chosen = self._sensors_of(batch)
-        scale = self._scale(batch, chosen, patch_m)
+        chosen = choose_sensors(batch, self.sensors, name=self.name)
+        check_grid(batch, chosen)
+        scale = whole_cells(patch_m)
         batch = on_own_pixels(batch, chosen)
-        self._check_extent(batch, chosen, patch_m)
+        check_extent(batch, chosen, patch_m)
         inputs = {s.name: self._input(batch.observations[m], m, s) for m, s in chosen.items()}
         fine = None
         if dense:
@@ -383,130 +384,17 @@ class AnySat(nn.Module):
         found = self.statistics.get(sensor.name) if sensor else None
         return dict(zip(found.channels, zip(found.mean, found.std, strict=True), strict=True)) if found else {}
 
-    def _scale(self, batch: Batch, chosen: Mapping[str, Sensor], patch_m: float) -> int:
-        # A grid of another sensor's pixels will do where nothing else is on it.
-        wrong = [m for m, s in chosen.items() if not s.whole and abs(MODALITIES[m].gsd - batch.pixel_m) > 1e-6]
-        if abs(batch.pixel_m - CELL_M) > 1e-6 and wrong:
-            raise InputError(f"the batch has pixels of {batch.pixel_m:g} m; AnySat wants a grid of 10 m, resample it")
-        return whole_cells(patch_m)
-
-    def _sensors_of(self, batch: Batch) -> dict[str, Sensor]:
-        chosen: dict[str, Sensor] = {}
-        for modality in batch.observations:
-            sensor = sensor_of(modality, self.sensors)
-            if sensor is None:
-                known = ", ".join(self.modalities)
-                raise InputError(f"{self.name} does not know {modality}; give any of {known}, or add it: add_modality")
-            twin = next((m for m, s in chosen.items() if s == sensor), None)
-            if twin is not None:
-                raise InputError(f"{twin} and {modality} are both read by the projector of {sensor.name}; give one")
-            chosen[modality] = sensor
-        return chosen
-
-    def _check_extent(self, batch: Batch, chosen: Mapping[str, Sensor], patch_m: float) -> None:
-        extents = {
-            m: tuple(n * MODALITIES[m].gsd for n in batch.observations[m].pixels.shape[-2:])
-            for m, sensor in chosen.items()
-            if not sensor.whole
-        }
-        if not extents:
-            sensor = next(iter(chosen.values()))
-            if abs(patch_m - sensor.cell_m) > 1e-6:
-                raise InputError(f"{sensor.name} alone is one patch; ask for patch_m={sensor.cell_m:g} or add a sensor")
-            return
-        height, width = next(iter(extents.values()))
-        if any(abs(h - height) + abs(w - width) > 1e-3 for h, w in extents.values()):
-            named = ", ".join(f"{m} {h:g} x {w:g} m" for m, (h, w) in extents.items())
-            raise InputError(f"modalities cover different ground ({named}); crop them to the same place")
-        if any(abs(side / patch_m - round(side / patch_m)) > 1e-6 for side in (height, width)):
-            raise InputError(
-                f"a tile of {height:g} x {width:g} m is not a whole number of {patch_m:g} m patches; crop or pad it"
-            )
-
     def _input(self, o: Observation, modality: str, sensor: Sensor) -> Input:
-        """Bring an observation to what the projector of its sensor was trained on."""
-        if not sensor.dated and o.pixels.shape[1] != 1:
-            raise InputError(f"{modality} came with {o.pixels.shape[1]} dates; it is a still image, give one")
-        pixels, valid = o.pixels, o.valid
-        if not sensor.dated:
-            pixels, valid = to_pixel_size(o, sensor, MODALITIES[modality].gsd)
-        values = read_channels(pixels, sensor, modality)
+        statistics = None
         if not self.normalized_input:
             if sensor.name not in self.statistics:
                 raise InputError(
                     f"{self.name} has no statistics of {modality} yet; fit them to your data with fit_statistics, "
                     "or pass normalized_input=True for values that are standardised already"
                 )
-            values = self.statistics[sensor.name].standardise(values)
-        values = torch.where(valid[:, :, None], values, 0.0).to(self.class_token.dtype)
-        days = day_of_year(o.dates) if sensor.dated else None
-        if self.missing == "masked":
-            return Input(values=values, days=days, valid=valid)
-        if days is None:
-            return Input(values=values)
-        frame = valid.flatten(2).any(2)
-        present = (valid | ~frame[:, :, None, None])[:, :, None].expand_as(values)
-        return Input(values=values, days=torch.where(frame, days, 0), present=present)
-
-
-def whole_cells(patch_m: float) -> int:
-    """Count the 10 m squares along a patch's side. Raises InputError."""
-    scale = round(patch_m / CELL_M)
-    if scale < 1 or abs(scale * CELL_M - patch_m) > 1e-6:
-        raise InputError(f"patch_m is {patch_m:g}; AnySat takes multiples of 10 m")
-    return scale
-
-
-PREFERRED = ("sentinel2_l2a", "sentinel1", "landsat")
-
-
-def on_own_pixels(batch: Batch, chosen: Mapping[str, Sensor]) -> Batch:
-    """Take modalities coarser than 10 m back from the common grid, on which scenes are read, to pixels of their own.
-
-    Of the grid's pixels inside one of theirs the middle one counts; a sensor that sees the tile as a whole gets the
-    mean of what is valid. Raises InputError where the tile is not a whole number of their pixels.
-    """
-    fine = [m for m, s in chosen.items() if not s.whole and MODALITIES[m].gsd <= CELL_M]
-    size = batch.observations[fine[0]].pixels.shape[-2:] if fine else None
-    taken = dict(batch.observations)
-    for modality, sensor in chosen.items():
-        o, gsd = batch.observations[modality], MODALITIES[modality].gsd
-        if sensor.whole:
-            taken[modality] = tile_mean(o)
-        elif size is not None and gsd > CELL_M:
-            ground = [n * MODALITIES[fine[0]].gsd for n in size]
-            here, step = o.pixels.shape[-2:], round(gsd / batch.pixel_m)
-            if [n * batch.pixel_m for n in here] == ground:
-                if any(n % step for n in here):
-                    raise InputError(
-                        f"a tile of {ground[0]:g} x {ground[1]:g} m is not a whole number of {modality}'s pixels of "
-                        f"{gsd:g} m; choose patches and windows that are, or leave {modality} out"
-                    )
-                rows = cols = slice(step // 2, None, step)
-                taken[modality] = replace(o, pixels=o.pixels[..., rows, cols], valid=o.valid[..., rows, cols])
-    return replace(batch, observations=taken)
-
-
-def tile_mean(o: Observation) -> Observation:
-    """Average what is valid of each date into one pixel."""
-    if o.pixels.shape[-2:] == (1, 1):
-        return o
-    seen = o.valid[:, :, None]
-    total = torch.where(seen, o.pixels, 0.0).sum((-2, -1), keepdim=True)
-    count = seen.sum((-2, -1), keepdim=True)
-    return replace(o, pixels=total / count.clamp(min=1), valid=count[:, :, 0] > 0)
-
-
-def as_json(statistics: Statistics) -> dict[str, Any]:
-    """Turn statistics into plain JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(statistics).items()}
-
-
-def statistics_from_json(saved: Mapping[str, Any]) -> Statistics:
-    """Undo `as_json`."""
-    return Statistics(
-        channels=tuple(saved["channels"]), mean=tuple(saved["mean"]), std=tuple(saved["std"]), count=saved["count"]
-    )
+            statistics = self.statistics[sensor.name]
+        given = read_input(o, modality, sensor, statistics, dtype=self.class_token.dtype)
+        return given if self.missing == "masked" else as_published(given)
 
 
 def projector(sensor: Sensor, dim: int) -> CellProjector | SeriesProjector:

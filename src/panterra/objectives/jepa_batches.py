@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from panterra.data.labelled import LabelledSample
 from panterra.errors import InputError
-from panterra.modalities import MODALITIES
+from panterra.models.anysat_inputs import read_input
 from panterra.models.anysat_projectors import Grid, Input
-from panterra.models.anysat_sensors import SENSORS, Sensor, day_of_year, read_channels, sensor_of, to_pixel_size
+from panterra.models.anysat_sensors import SENSORS, Sensor, sensor_of
 from panterra.models.anysat_statistics import Statistics
 from panterra.objectives.jepa import MaskedTiles, some_dates
 from panterra.objectives.jepa_masks import BlockMasking, Dates, Masking, draw_dates, draw_scale, draw_tokens, leave_one
@@ -225,13 +225,7 @@ def standardise(
             continue
         if sensor.name not in statistics:
             raise InputError(f"there are no statistics of {sensor.name}; fit them to the data set (fit_statistics)")
-        pixels, valid = (o.pixels, o.valid) if sensor.dated else to_pixel_size(o, sensor, MODALITIES[modality].gsd)
-        values = statistics[sensor.name].standardise(read_channels(pixels, sensor, modality))
-        inputs[sensor.name] = Input(
-            values=torch.where(valid[:, :, None], values, 0.0),
-            days=day_of_year(o.dates) if sensor.dated else None,
-            valid=valid,
-        )
+        inputs[sensor.name] = read_input(o, modality, sensor, statistics[sensor.name], dtype=torch.float32)
     return inputs
 
 

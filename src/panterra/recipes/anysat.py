@@ -47,6 +47,8 @@ GEOPLEX = (TREESATAI_TS, PASTIS_HD, FLAIR, PLANTED, S2NAIP_URBAN)
 
 S2NAIP_TRAIN = 359_046
 """Tiles of S2NAIP-URBAN that the published length of an epoch counts."""
+S2NAIP_VAL = 82_140
+"""Those that the published length of a validation counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class AnySatRecipe:
     sources: tuple[Source, ...]
     epoch_samples: int | None = None
     """An epoch has this number over 20 and the number of ranks as steps, or ends before with the samples."""
+    validation_samples: int | None = None
+    """A validation has this number over 20 as steps, or ends before with the samples."""
     epochs: int = 200
     steps: int | None = None
     """Instead of epochs."""
@@ -162,7 +166,10 @@ def run_from(
     steps = recipe.steps or recipe.epochs * epoch
     plateau = None
     if held_out is not None:
-        checks = (*checks, validation(mix(recipe.sources, held_out), every=epoch))
+        # Published: series are cut to so many dates in training alone.
+        sources = [replace(source, max_dates=None) for source in recipe.sources]
+        longest = None if recipe.validation_samples is None else recipe.validation_samples // 20
+        checks = (*checks, validation(mix(sources, held_out, epoch_steps=longest), every=epoch))
         if recipe.patience is not None:
             plateau = Plateau(figure="validation/loss", patience=recipe.patience)
 
@@ -228,7 +235,11 @@ def geoplex(size: str = "base") -> AnySatRecipe:
     """
     suffix = "" if size == "base" else f"-{size}"
     return AnySatRecipe(
-        name=f"anysat-geoplex{suffix}", encoder=anysat_config(size), sources=GEOPLEX, epoch_samples=S2NAIP_TRAIN
+        name=f"anysat-geoplex{suffix}",
+        encoder=anysat_config(size),
+        sources=GEOPLEX,
+        epoch_samples=S2NAIP_TRAIN,
+        validation_samples=S2NAIP_VAL,
     )
 
 
@@ -277,9 +288,10 @@ def planted() -> AnySatRecipe:
 def s2naip_urban() -> AnySatRecipe:
     """AnySat on S2NAIP-URBAN alone: NAIP, Landsat 8, Sentinel-2 and Sentinel-1.
 
-    Published: the batch of 2, the learning rate and 8,976 steps per epoch. Inferred: the rest, as on GeoPlex.
+    Published: the batch of 2, the learning rate and 8,976 steps per epoch. Inferred: half as many steps of validation
+    as on GeoPlex, like those of an epoch, and the rest, as there.
     """
-    return _alone(S2NAIP_URBAN, epoch_samples=S2NAIP_TRAIN // 2)
+    return _alone(S2NAIP_URBAN, epoch_samples=S2NAIP_TRAIN // 2, validation_samples=S2NAIP_VAL // 2)
 
 
 def naive_masking(recipe: AnySatRecipe) -> AnySatRecipe:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,15 +43,26 @@ def parse_folders(recipe: AnySatRecipe, given: Sequence[str]) -> dict[str, Path]
 
 
 def open_sets(folders: Mapping[str, Path], split: str) -> dict[str, LabelledSet]:
-    """Open a split of each data set; to train on, all folds of PASTIS-HD, as published."""
-    options = {"pastis_hd": {"folds": (1, 2, 3, 4, 5)}} if split == "train" else {}
+    """Open a split of each data set as published.
+
+    Alone PASTIS-HD trains on all of its folds. Aerial images come whole where a run cuts them at random: all of
+    TreeSatAI, and what FLAIR trains on.
+    """
+    options: dict[str, dict[str, Any]] = {"treesatai_ts": {"crop": False}}
+    if split == "train":
+        options["flair"] = {"crop": False}
+    if split == "train" and len(folders) == 1:
+        options["pastis_hd"] = {"folds": (1, 2, 3, 4, 5)}
     return {name: open_labelled(name, folder, split, **options.get(name, {})) for name, folder in folders.items()}
 
 
 def kept_statistics(
     recipe: AnySatRecipe, samples: Mapping[str, LabelledSet], out: Path, *, looked_at: int = LOOKED_AT
 ) -> dict[str, dict[str, Statistics]]:
-    """Read the statistics that a run in `out` was started with; where it is new, fit and keep them."""
+    """Read the statistics that a run in `out` was started with; where it is new, fit and keep them.
+
+    Published recipes average what samples have by themselves, others take all pixels together.
+    """
     path = out / STATISTICS
     if path.exists():
         held = json.loads(path.read_text())
@@ -60,7 +72,7 @@ def kept_statistics(
         }
     sensors = {sensor.name: sensor for sensor in recipe.encoder.sensors}
     fitted = {
-        name: fit_statistics(batches_of(chosen, sensors, looked_at=looked_at), sensors)
+        name: fit_statistics(batches_of(chosen, sensors, looked_at=looked_at), sensors, by_sample=recipe.published)
         for name, chosen in samples.items()
     }
     out.mkdir(parents=True, exist_ok=True)
