@@ -16,13 +16,15 @@ import math
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from panterra.evaluate import metrics
 from panterra.evaluate.readout import Readout
-from panterra.evaluate.scoring import FIGURES, Task
+from panterra.evaluate.scoring import FIGURES, Task, better, sums_of
 from panterra.evaluate.sweep import RATES, Linear, Member, Net, Recipe, Table, rates_at, shuffled, train_together
 
 
@@ -50,20 +52,34 @@ def theta_of(module: nn.Sequential) -> Tensor:
     return torch.cat([named[name].detach().flatten() for name in order if name in named])
 
 
-def loss_of(out: Tensor, y: Tensor, readout: Readout) -> Tensor:
-    """Take a loss from torch of what a plain head says of grids of cells, [b, h, w, o]."""
+def image_of(out: Tensor, y: Tensor, readout: Readout) -> Tensor:
+    """Lay what a plain head says of grids of cells, [b, h, w, o], out as an image of the labels' size, [b, k, y, x]."""
     side = readout.side
     image = rearrange(out, "b h w (k i j) -> b k (h i) (w j)", i=side, j=side)
-    if readout.task == "classification":
-        return F.cross_entropy(image[:, :, 0, 0], y, ignore_index=-1)
-    if readout.task == "multilabel":
-        return F.binary_cross_entropy_with_logits(image[:, :, 0, 0], y)
+    if y.ndim < 3:
+        return image[:, :, 0, 0]
     if image.shape[2:] != y.shape[1:]:
         image = F.interpolate(image, size=y.shape[1:], mode="bilinear", align_corners=True)
-    if readout.task == "segmentation":
-        return F.cross_entropy(image, y, ignore_index=-1)
-    known = y.isfinite()
-    return F.mse_loss(image[:, 0][known], (y[known] - readout.centre) / readout.spread)
+    return image
+
+
+def loss_of(image: Tensor, y: Tensor, readout: Readout) -> Tensor:
+    if readout.task == "multilabel":
+        return F.binary_cross_entropy_with_logits(image, y)
+    if readout.task == "regression":
+        known = y.isfinite()
+        return F.mse_loss(image[:, 0][known], (y[known] - readout.centre) / readout.spread)
+    return F.cross_entropy(image, y, ignore_index=-1)
+
+
+def counted(image: Tensor, y: Tensor, readout: Readout) -> np.ndarray:
+    """Count what the figure by which members are chosen is made of."""
+    if readout.task in ("classification", "segmentation"):
+        return metrics.confusion(y.cpu().numpy(), image.argmax(1).cpu().numpy(), readout.classes)
+    said = image > 0 if readout.task == "multilabel" else image[:, 0] * readout.spread + readout.centre
+    sums = sums_of(readout.task, said.cpu().numpy(), y.cpu().numpy(), classes=readout.classes, centre=readout.centre)
+    found: np.ndarray = sums.sum(0)
+    return found
 
 
 def alone(rate: float, train: Table, val: Table, net: Linear, readout: Readout, metric: str, recipe: Recipe) -> Member:
@@ -74,28 +90,27 @@ def alone(rate: float, train: Table, val: Table, net: Linear, readout: Readout, 
     load(module, net, net.start(generator).to(train.x))
     optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=recipe.weight_decay)
     best: Member | None = None
-    figure = FIGURES[readout.task][metric]
     for epoch in range(recipe.epochs):
         module.train()
         batches = shuffled(len(train), recipe, generator)
         for number, index in enumerate(batches):
-            now = float(rates_at(epoch + number / len(batches), torch.tensor([[rate]], dtype=torch.float64), recipe))
-            optimiser.param_groups[0]["lr"] = now
+            optimiser.param_groups[0]["lr"] = rates_at(epoch + number / len(batches), rate, recipe)
             x, y = train.batch(index, learning=True)
-            loss = loss_of(module(x.flatten(0, 2)).unflatten(0, x.shape[:3]), y, readout)
+            out = module(x.flatten(0, 2)).unflatten(0, x.shape[:3])
+            loss = loss_of(image_of(out, y, readout), y, readout)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         if (epoch + 1) % recipe.check_every and epoch + 1 < recipe.epochs:
             continue
         module.eval()
+        counts: np.ndarray | float = 0.0
         with torch.no_grad():
-            parts = []
             for index in torch.arange(len(val)).split(64):
                 x, y = val.batch(index, learning=False)
-                parts += readout.sums(module(x.flatten(0, 2))[:, None], y, x.shape[:3])
-        score = float(figure(sum(p.sum(0) for p in parts)))
-        score = -score if metric in ("rmse", "mae") else score
+                out = module(x.flatten(0, 2)).unflatten(0, x.shape[:3])
+                counts = counts + counted(image_of(out, y, readout), y, readout)
+        score = better(metric, float(FIGURES[readout.task][metric](np.asarray(counts))))
         if best is None or score > best.score:
             best = Member(rate=rate, epoch=epoch + 1, score=score, theta=theta_of(module)[None].clone(), net=net)
         if recipe.forget:
@@ -142,9 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="part of the names of the cases to run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name, (task, samples, grid, side, dim, classes, batch, metric, first) in CASES.items():
+        if options.only not in name:
+            continue
         train, val = (made(task, n, grid, side, dim, classes, options.device, s) for s, n in ((0, samples), (1, 64)))  # type: ignore[arg-type]
         readout = Readout(task=task, classes=classes, side=side)  # type: ignore[arg-type]
         recipe = Recipe(epochs=EPOCHS, batch=batch)

@@ -28,9 +28,9 @@ def test_outputs_are_those_of_torchs_attention(dim, heads):
     theta = torch.stack([net.start(generator) for _ in range(3)]).double()
     theta += 0.3 * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
     x = torch.randn(4, 1, 1, 7, dim, generator=generator, dtype=torch.float64)
-    found = net.outputs(theta, x)
+    found = net.outputs(theta, x, Readout(task="classification", classes=5))
     for m in range(3):
-        torch.testing.assert_close(found[:, m], plain(net, theta[m], x[:, 0, 0]))
+        torch.testing.assert_close(found[m].mT, plain(net, theta[m], x[:, 0, 0]))
 
 
 def test_gradients_are_those_of_each_member_alone():
@@ -52,11 +52,12 @@ def test_vectors_without_data_are_not_looked_at():
     x = torch.randn(2, 1, 1, 5, 8, generator=generator)
     holed = x.clone()
     holed[0, 0, 0, 3:] = torch.nan
-    found = net.outputs(theta, holed)
-    torch.testing.assert_close(found[:1], net.outputs(theta, x[:1, ..., :3, :]))
-    torch.testing.assert_close(found[1:], net.outputs(theta, x[1:]))
+    readout = Readout(task="classification", classes=3)
+    found = net.outputs(theta, holed, readout)
+    torch.testing.assert_close(found[..., :1], net.outputs(theta, x[:1, ..., :3, :], readout))
+    torch.testing.assert_close(found[..., 1:], net.outputs(theta, x[1:], readout))
     holed[0] = torch.nan
-    assert net.outputs(theta, holed).isfinite().all()
+    assert net.outputs(theta, holed, readout).isfinite().all()
 
 
 def test_it_finds_the_one_vector_that_matters():

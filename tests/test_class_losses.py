@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from panterra.evaluate.class_weights import balanced_weights, count_classes
 from panterra.evaluate.dice import dice_loss, rarity
@@ -24,12 +25,12 @@ def dice_by_hand(image, y, weights):
 
 def drawn(size=8, members=3):
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(2 * 4 * 4, members, 3 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    raw = torch.randn(members, 3 * 4, 2 * 4 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
     return raw, torch.randint(-1, 3, (2, size, size), generator=generator)
 
 
 def as_image(raw, m, size):
-    image = raw[:, m].view(2, 4, 4, 3, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 8, 8)
+    image = rearrange(raw[m], "(k i j) (b h w) -> b k (h i) (w j)", i=2, j=2, h=4, w=4)
     return image if size == 8 else F.interpolate(image, size=(size, size), mode="bilinear", align_corners=True)
 
 
@@ -56,24 +57,26 @@ def test_rare_classes_weigh_more_and_absent_ones_nothing():
 def test_gradients_of_pixels_are_those_of_autograd(size, weights, dice):
     raw, y = drawn(size)
     readout = Readout(task="segmentation", classes=3, side=2, class_weights=weights, dice=dice)
-    found = readout.residual(raw.detach(), y, (2, 4, 4))
+    found = readout.residual(raw.detach(), readout.aim(y, (2, 4, 4), readout.share(y).to(raw.dtype)))
     for m in range(3):
         image = as_image(raw, m, size)
         loss = F.cross_entropy(image, y, ignore_index=-1, weight=None if weights is None else weights.double())
         if dice is not None:
             loss = loss + dice_by_hand(image, y, dice)
         (wanted,) = torch.autograd.grad(loss, raw)
-        torch.testing.assert_close(found[:, m], wanted[:, m], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(found[m], wanted[m], rtol=1e-5, atol=1e-8)
 
 
 def test_several_labels_have_weights_of_their_presence():
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(6, 1, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    raw = torch.randn(1, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     y = (torch.rand(6, 3, generator=generator) < 0.5).double()
     readout = Readout(task="multilabel", classes=3, class_weights=WEIGHTS)
-    loss = F.binary_cross_entropy_with_logits(raw[:, 0], y, pos_weight=WEIGHTS.double())
+    loss = F.binary_cross_entropy_with_logits(raw[0].mT, y, pos_weight=WEIGHTS.double())
     (wanted,) = torch.autograd.grad(loss, raw)
-    torch.testing.assert_close(readout.residual(raw.detach(), y, (6, 1, 1)), wanted)
+    torch.testing.assert_close(
+        readout.residual(raw.detach(), readout.aim(y, (6, 1, 1), readout.share(y).to(raw.dtype))), wanted
+    )
     total, count = readout.loss(raw.detach(), y, (6, 1, 1))
     assert float(total[0]) / count == pytest.approx(loss.item())
 
@@ -93,17 +96,33 @@ def table(samples=20, grid=4, size=8, dim=6):
     return Table(x=x, y=torch.randint(-1, 3, (samples, size, size), generator=g))
 
 
-@pytest.mark.parametrize("samples", [1, 3, 20])
-def test_a_batch_in_parts_is_one_batch(monkeypatch, samples):
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_members_in_parts_are_those_at_once(monkeypatch, members):
     whole = table()
     net = Linear.of(whole, 12, "layer")
-    theta = net.start(torch.Generator().manual_seed(0)).double().repeat(2, 1)
-    theta[1] += 0.3
+    theta = net.start(torch.Generator().manual_seed(0)).double().repeat(3, 1)
+    theta += 0.3 * torch.arange(3)[:, None]
     readout = Readout(task="segmentation", classes=3, side=2, class_weights=WEIGHTS, dice=WEIGHTS)
     given = whole.batch(torch.arange(20), learning=True)
     wanted = net.gradient(theta, *given, readout)
-    monkeypatch.setattr("panterra.evaluate.sweep._CACHED", samples * 2 * 12 * 16)
+    monkeypatch.setattr("panterra.evaluate.sweep._CACHED", members * 12 * 20 * 16)
     torch.testing.assert_close(net.gradient(theta, *given, readout), wanted)
+
+
+@pytest.mark.parametrize("size", [8, 13])
+@pytest.mark.parametrize("dice", [None, torch.tensor([0.3, 0.7])])
+def test_the_difference_of_two_classes_says_all(size, dice):
+    """Gradients, losses, shares and counts, where it comes instead of the outputs of both."""
+    raw, y = drawn(size)
+    raw, y, grid = raw[:, :8].detach(), y.clamp(max=1), (2, 4, 4)
+    difference = raw[:, 4:] - raw[:, :4]
+    readout = Readout(task="segmentation", classes=2, side=2, class_weights=torch.tensor([1.0, 4.0]), dice=dice)
+    aim = readout.aim(y, grid, readout.share(y).to(raw.dtype))
+    wanted, found = readout.residual(raw, aim), readout.residual(difference, aim)
+    torch.testing.assert_close(wanted, torch.cat([-found, found], 1))
+    torch.testing.assert_close(readout.loss(difference, y, grid)[0], readout.loss(raw, y, grid)[0])
+    torch.testing.assert_close(readout.shares(difference[:1], y, grid)[0], readout.shares(raw[:1], y, grid)[0])
+    assert (readout.totals(difference, y, grid) == readout.totals(raw, y, grid)).all()
 
 
 def test_interpolating_outputs_is_interpolating_features_first():
@@ -117,8 +136,8 @@ def test_interpolating_outputs_is_interpolating_features_first():
     image = F.conv2d(up, weight[:, :, None, None], bias)
     (wanted,) = torch.autograd.grad(F.cross_entropy(image, y, ignore_index=-1), leaf)
     torch.testing.assert_close(net.gradient(theta, x, y, readout), wanted, rtol=1e-5, atol=1e-8)
-    codes, _ = readout.answer(net.outputs(theta, x), y, (20, 4, 4))
-    assert torch.equal(codes[:, 0].long(), image.argmax(1).flatten(1))
+    codes = readout.answer(net.outputs(theta, x, readout), y, (20, 4, 4))
+    assert torch.equal(codes[0].long(), image.argmax(1))
 
 
 def test_dice_finds_a_small_class_that_cross_entropy_leaves():

@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from panterra.errors import InputError
-from panterra.evaluate import probes
-from panterra.evaluate.probes import FeatureSource, ProbeClass, fit_probe, knn_scores, load_probe
+from panterra.evaluate.probes import FeatureSource, ProbeClass, fit, fit_probe, knn_scores, load_probe, regression
+from panterra.evaluate.probes.probe import score
 from panterra.evaluate.splits import split_by_group
 
 GOLDEN = Path(__file__).parent / "golden" / "olmoearth"
@@ -83,14 +83,14 @@ def test_knn_of_several_labels_scores_each_alone():
 @pytest.mark.parametrize("num", [240, 40])
 def test_the_sweep_agrees_with_scikit_learn_on_every_member(classes, num, monkeypatch):
     """More samples than features, and fewer; both solvers go on to the end."""
-    monkeypatch.setattr(probes, "_EXCESS", 1e-12)
-    monkeypatch.setattr(probes, "_STEEP", 1e-8)
+    monkeypatch.setattr(regression, "_EXCESS", 1e-12)
+    monkeypatch.setattr(regression, "_STEEP", 1e-8)
     features, targets, groups = made_up(num, dim=60, classes=classes)
     fold = split_by_group(groups, targets, folds=3)
     strengths = (0.1, 10.0, 500.0)
     x, label = torch.tensor(features, dtype=torch.float64), torch.tensor(targets)
     train = torch.tensor(fold != np.arange(3)[:, None])
-    members, settled = probes._fit("logistic", x, torch.zeros(num, classes), label, train, strengths)
+    members, settled = fit._fit("logistic", x, torch.zeros(num, classes), label, train, strengths)
     assert settled
     for f in range(3):
         z = train_set(features, fold, f)
@@ -99,7 +99,7 @@ def test_the_sweep_agrees_with_scikit_learn_on_every_member(classes, num, monkey
             penalty = strength * (0.5 if classes == 2 else 1)
             oracle = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10000)
             oracle.fit(z[fold != f], targets[fold != f])
-            ours = probes._score("logistic", "classes", tensors, x, 0).numpy()
+            ours = score("logistic", "classes", tensors, x, 0).numpy()
             np.testing.assert_allclose(ours, oracle.predict_proba(z), atol=1e-5)
 
 
@@ -152,15 +152,15 @@ def test_solving_together_is_solving_alone():
     x, label = torch.tensor(features, dtype=torch.float64), torch.tensor(targets)
     train = torch.tensor(fold != np.arange(4)[:, None])
     answers = torch.zeros(len(x), 4)
-    together, _ = probes._fit("logistic", x, answers, label, train, (0.1, 1.0, 100.0))
+    together, _ = fit._fit("logistic", x, answers, label, train, (0.1, 1.0, 100.0))
     for f in range(4):
         for s, strength in enumerate((0.1, 1.0, 100.0)):
-            alone, _ = probes._fit("logistic", x, answers, label, train[f : f + 1], (strength,))
+            alone, _ = fit._fit("logistic", x, answers, label, train[f : f + 1], (strength,))
             np.testing.assert_allclose(alone[0][0]["weight"], together[f][s]["weight"], rtol=1e-2, atol=1e-3)
 
 
 def test_an_optimisation_cut_short_is_reported(monkeypatch):
-    monkeypatch.setattr(probes, "_ITERATIONS", 2)
+    monkeypatch.setattr(regression, "_ITERATIONS", 2)
     features, targets, groups = made_up()
     assert not fit_probe(features, targets, groups=groups)[1].converged
 
@@ -250,7 +250,7 @@ def test_any_shape_in_parts_of_any_size_and_either_library(kind, monkeypatch):
     features, targets, groups = made_up()
     probe, _ = fit_probe(features, targets, groups=groups, kind=kind)
     whole = probe.probabilities(features)
-    monkeypatch.setattr(probes, "_ROWS", 7)
+    monkeypatch.setattr("panterra.evaluate.probes.probe._ROWS", 7)
     grid = torch.tensor(features).reshape(2, 8, 15, -1)
     np.testing.assert_allclose(probe.probabilities(grid).reshape(240, -1).numpy(), whole, rtol=1e-5, atol=1e-6)
     assert probe.predict(grid).shape == (2, 8, 15)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from panterra.errors import InputError
-from panterra.evaluate import sweep
+from panterra.evaluate import metrics, sweep
 from panterra.evaluate.readout import Readout
 from panterra.evaluate.sweep import Linear, Recipe, answers, rates_at, train_together
 
@@ -23,8 +24,10 @@ RECIPE = Recipe(rates=RATES, epochs=4, batch=8, check_every=2)
 CASES = [
     ("classification", 5, 1, 1, "accuracy", "batch"),
     ("classification", 5, 1, 1, "macro_f1", "layer"),
+    ("classification", 2, 1, 1, "accuracy", "batch"),
     ("multilabel", 4, 1, 1, "macro_f1", "batch"),
     ("segmentation", 3, 4, 2, "mean_iou", "none"),
+    ("segmentation", 2, 4, 2, "mean_iou", "none"),
     ("segmentation", 3, 4, 2, "mean_iou", "layer"),
     ("regression", 1, 4, 1, "rmse", "none"),
 ]
@@ -82,31 +85,36 @@ def test_single_precision_is_enough(task, classes, grid, side, metric, first):
 
 
 @pytest.mark.parametrize("size", [8, 13, 5])
-def test_labels_of_other_sizes_are_met_by_resizing_as_torch_does(size):
+@pytest.mark.parametrize("classes", [2, 3])
+def test_labels_of_other_sizes_are_met_by_resizing_as_torch_does(size, classes):
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(2 * 4 * 4, 3, 2 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    y = torch.randint(-1, 2, (2, size, size), generator=generator)
-    readout = Readout(task="segmentation", classes=2, side=2)
+    raw = torch.randn(3, classes * 4, 2 * 4 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(-1, classes, (2, size, size), generator=generator)
+    readout = Readout(task="segmentation", classes=classes, side=2)
+    found = readout.residual(raw.detach(), readout.aim(y, (2, 4, 4), readout.share(y).to(raw.dtype)))
+    codes, sums = readout.answer(raw.detach(), y, (2, 4, 4)), readout.sums(raw.detach(), y, (2, 4, 4))
+    totals = readout.totals(raw.detach(), y, (2, 4, 4))
     for m in range(3):
-        image = raw[:, m].view(2, 4, 4, 2, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 2, 8, 8)
+        image = rearrange(raw[m], "(k i j) (b h w) -> b k (h i) (w j)", i=2, j=2, h=4, w=4)
         image = F.interpolate(image, size=(size, size), mode="bilinear", align_corners=True)
         (wanted,) = torch.autograd.grad(F.cross_entropy(image, y, ignore_index=-1), raw)
-        found = readout.residual(raw.detach(), y, (2, 4, 4))
-        torch.testing.assert_close(found[:, m], wanted[:, m], rtol=1e-6, atol=1e-9)
-        codes, truth = readout.answer(raw.detach(), y, (2, 4, 4))
-        assert (codes[:, m].sort(1).values == image.argmax(1).flatten(1).sort(1).values).all()
-        right = (codes[:, m] == truth).sum() == (image.argmax(1) == y).sum()
-        assert right
+        torch.testing.assert_close(found[m], wanted[m], rtol=1e-6, atol=1e-9)
+        assert torch.equal(codes[m].long(), image.argmax(1))
+        conf = metrics.confusion(y.numpy(), image.argmax(1).numpy(), classes)
+        assert (totals[m] == conf).all()
+        assert (sums[m].sum(0) == conf).all()
 
 
 def test_a_positive_quantity_is_learned_through_softplus():
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(6, 1, 1, generator=generator, requires_grad=True)
+    raw = torch.randn(1, 1, 6, generator=generator, requires_grad=True)
     y = torch.rand(6, 1, 1, generator=generator) * 5
-    (wanted,) = torch.autograd.grad(F.mse_loss(F.softplus(raw)[:, 0, 0], y[:, 0, 0]), raw)
+    (wanted,) = torch.autograd.grad(F.mse_loss(F.softplus(raw)[0, 0], y[:, 0, 0]), raw)
     readout = Readout(task="regression", classes=1, softplus=True)
-    torch.testing.assert_close(readout.residual(raw.detach(), y, (6, 1, 1)), wanted)
-    assert (readout.answer(raw.detach(), y, (6, 1, 1))[0] > 0).all()
+    torch.testing.assert_close(
+        readout.residual(raw.detach(), readout.aim(y, (6, 1, 1), readout.share(y).to(raw.dtype))), wanted
+    )
+    assert (readout.answer(raw.detach(), y, (6, 1, 1)) > 0).all()
 
 
 def test_rates_follow_the_published_curves():
@@ -153,6 +161,27 @@ def test_a_member_that_waits_too_long_stops_alone():
     still, moving = train_together(train, val, Linear.of(train, 4, "layer"), readout, "accuracy", recipe)
     assert still.epoch == 1
     assert moving.score > still.score
+
+
+def missing(*_):
+    raise AttributeError("module 'torch' has no attribute '_fused_adamw_'")
+
+
+@pytest.mark.parametrize("other", [missing, lambda *_: None])
+def test_without_the_private_function_the_public_optimiser_steps(monkeypatch, other):
+    """Another torch may lack it, or have another one under its name."""
+    train, val = tables("multilabel", 4, 1, 1)
+    readout, net = Readout(task="multilabel", classes=4), Linear.of(train, 4, "layer")
+    wanted = train_together(train, val, net, readout, "macro_f1", RECIPE)
+    sweep._has_fused_adamw.cache_clear()
+    monkeypatch.setattr(sweep, "_fused_adamw", other)
+    try:
+        found = train_together(train, val, net, readout, "macro_f1", RECIPE)
+        assert not sweep._has_fused_adamw()
+    finally:
+        sweep._has_fused_adamw.cache_clear()
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.theta, two.theta)
 
 
 def test_the_best_member_predicts():

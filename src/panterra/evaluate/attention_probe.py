@@ -41,8 +41,11 @@ class Attention:
         linear = torch.empty(self.width * (d + 1)).uniform_(-bound, bound, generator=generator)
         return torch.cat([drawn, torch.zeros(2 * d), linear])
 
-    def outputs(self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w t d"]) -> Float[Tensor, "n m o"]:
+    def outputs(
+        self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w t d"], readout: Readout
+    ) -> Float[Tensor, "m o n"]:
         """Read every cell; vectors of NaN are not looked at."""
+        del readout
         d, heads = self.dim, self.heads
         sizes = (d, d * d, d * d, d, d, self.width * d, self.width)
         query, key, value, key_bias, value_bias, weight, bias = theta.split(sizes, dim=1)
@@ -58,7 +61,7 @@ class Attention:
         share = score.masked_fill((lost & ~lost.all(1, keepdim=True))[:, None, None], -torch.inf).softmax(-1)
         mean = torch.einsum("nmht,ntd->nmhd", share, rows)
         pooled = torch.einsum("nmhd,mhcd->nmhc", mean, values).flatten(2) + value_bias
-        out: Tensor = torch.einsum("nmd,mod->nmo", pooled, weight.unflatten(1, (self.width, d))) + bias
+        out: Tensor = torch.einsum("nmd,mod->mon", pooled, weight.unflatten(1, (self.width, d))) + bias[..., None]
         return out
 
     def gradient(
@@ -66,8 +69,8 @@ class Attention:
     ) -> Float[Tensor, "m p"]:
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
-            raw = self.outputs(leaf, x)
-        change = readout.residual(raw.detach(), y, x.shape[:3])
+            raw = self.outputs(leaf, x, readout)
+        change = readout.residual(raw.detach(), readout.aim(y, x.shape[:3], readout.share(y).to(raw.dtype)))
         (gradient,) = torch.autograd.grad(raw, leaf, change)
         return gradient
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, Protocol, Self, TypeVar
 
 import numpy as np
@@ -31,7 +32,8 @@ WARM = 0.1
 """Share of the epochs in which the rate rises from 0."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 MOMENTUM = 0.1
-_ELEMENTS = _READ = 2**20
+_ELEMENTS = 2**19
+_READ = 2**18
 _CACHED = 2**18
 _PLATEAU = Plateau(figure="validation/loss", patience=10)
 _RISE = 20
@@ -107,7 +109,7 @@ class Table:
     def batch(self, index: Int[Tensor, " b"], *, learning: bool) -> tuple[Tensor, Tensor]:
         """Give some samples as grids of cells; of cells without data, whose numbers become 0, nothing is learned."""
         index = index.to(self.x.device)
-        x, y = self.x[index], self.y[index]
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
         y = y if y.is_floating_point() else y.long()
         grid = x if x.ndim >= 4 else x[:, None, None]
         if self.whole:
@@ -127,8 +129,8 @@ class Net(Protocol):
         """Draw the parameters that all members start from."""
         ...
 
-    def outputs(self, theta: Float[Tensor, "m p"], x: Tensor) -> Float[Tensor, "n m o"]:
-        """Give the outputs for each cell, outside training."""
+    def outputs(self, theta: Float[Tensor, "m p"], x: Tensor, readout: Readout) -> Float[Tensor, "m o n"]:
+        """Give the outputs for each cell, outside training; of a pair of classes their difference will do."""
         ...
 
     def gradient(self, theta: Float[Tensor, "m p"], x: Tensor, y: Tensor, readout: Readout) -> Float[Tensor, "m p"]:
@@ -166,43 +168,35 @@ class Linear:
         plain = [] if self.first == "none" else [torch.ones(self.dim), torch.zeros(self.dim)]
         return torch.cat([drawn, *plain])
 
-    def outputs(self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"]) -> Float[Tensor, "n m o"]:
-        weight, bias = self._joined(theta)
-        seen = self._standardise(x.flatten(0, -2), learning=False)
-        out: Tensor = torch.addmm(bias, seen, weight.mT).unflatten(1, (len(theta), self.width))
-        return out
+    def outputs(
+        self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"], readout: Readout
+    ) -> Float[Tensor, "m o n"]:
+        weight, bias = self._joined(theta, paired=readout.paired)
+        return _read_off(weight, bias, self._standardise(x.flatten(0, 2), learning=False))
 
     @torch.inference_mode()
     def gradient(
         self, theta: Float[Tensor, "m p"], x: Float[Tensor, "b h w d"], y: Tensor, readout: Readout
     ) -> Float[Tensor, "m p"]:
-        seen = self._standardise(x.flatten(0, -2), learning=True).unflatten(0, x.shape[:-1])
-        weight, bias = self._joined(theta)
-        share, size = readout.share(y), (len(theta), self.width)
-        # As many samples at a time as stay in the processor's cache.
-        some = max(1, _CACHED // (len(weight) * x.shape[1:-1].numel()))
-        parts = list(zip(seen.split(some), y.split(some), strict=True)) if some < len(y) else [(seen, y)]
-
-        def read(part: Float[Tensor, "b h w d"]) -> Float[Tensor, "n m o"]:
-            out: Tensor = torch.addmm(bias, part.flatten(0, -2), weight.mT).unflatten(1, size)
-            return out
-
-        overlap = None
-        if readout.dice is not None:
-            # It is of the whole batch, so that all of it is looked at twice.
-            each = [readout.overlap(read(part), labels, part.shape[:3]) for part, labels in parts]
-            overlap = torch.stack(each).sum(0)
-        slope = total = None
-        for part, labels in parts:
-            change = readout.residual(read(part), labels, part.shape[:3], share, overlap).flatten(1)
-            if slope is None or total is None:
-                slope, total = change.mT @ part.flatten(0, -2), change.sum(0)
-            else:
-                slope.addmm_(change.mT, part.flatten(0, -2))
-                total += change.sum(0)
-        assert slope is not None
-        assert total is not None
-        return self._shared_out(theta, slope.view(*size, -1), total.view(size))
+        seen = self._standardise(x.flatten(0, 2), learning=True).view_as(x)
+        weight, bias = self._joined(theta, paired=readout.paired)
+        share = readout.share(y).to(x.dtype)
+        # As many samples, then members, at a time as stay in the processor's cache; the Dice loss is of a whole batch.
+        cells = max(x.shape[1:3].numel(), y[0].numel() // readout.side**2 if y.ndim == 3 else 1)
+        one = weight.shape[1] * cells
+        samples = len(x) if readout.dice is not None else min(len(x), max(1, _CACHED // one))
+        members = max(1, _CACHED // (one * samples))
+        slope, total = torch.zeros_like(weight), torch.zeros_like(bias)
+        for part, labels in zip(seen.split(samples), y.split(samples), strict=True):
+            aim, rows = readout.aim(labels, part.shape[:3], share), part.flatten(0, 2)
+            for m in range(0, len(theta), members):
+                some = slice(m, m + members)
+                change = readout.residual(_read_off(weight[some], bias[some], rows), aim)
+                slope[some].flatten(0, 1).addmm_(change.flatten(0, 1), rows)
+                total[some] += change.sum(2)
+        if readout.paired:
+            slope, total = torch.cat([-slope, slope], dim=1), torch.cat([-total, total], dim=1)
+        return self._shared_out(theta, slope, total)
 
     def _shared_out(
         self, theta: Float[Tensor, "m p"], slope: Float[Tensor, "m o d"], total: Float[Tensor, "m o"]
@@ -221,13 +215,18 @@ class Linear:
     def frozen(self) -> Linear:
         return replace(self, mean=self.mean.clone(), variance=self.variance.clone())
 
-    def _joined(self, theta: Float[Tensor, "m p"]) -> tuple[Float[Tensor, "mo d"], Float[Tensor, " mo"]]:
-        """Take what stands before the layer into weights and biases of all members, one below the other."""
+    def _joined(
+        self, theta: Float[Tensor, "m p"], *, paired: bool
+    ) -> tuple[Float[Tensor, "m o d"], Float[Tensor, "m o"]]:
+        """Take what stands before the layer into its weights and biases; of paired classes give the difference."""
         weight, bias, gain, shift = self._parts(theta)
+        if paired:
+            half = self.width // 2
+            weight, bias = weight[:, half:] - weight[:, :half], bias[:, half:] - bias[:, :half]
         if self.first != "none":
-            bias = torch.baddbmm(bias[..., None], weight, shift[..., None])
+            bias = torch.baddbmm(bias[..., None], weight, shift[..., None])[..., 0]
             weight = weight * gain[:, None]
-        return weight.flatten(0, 1), bias.flatten()
+        return weight, bias
 
     def _parts(self, theta: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         size, d = self.width * self.dim, self.dim
@@ -241,6 +240,13 @@ class Linear:
             # Writes to mean and variance when learning.
             return F.batch_norm(x, self.mean, self.variance, training=learning, momentum=MOMENTUM)
         return x
+
+
+def _read_off(
+    weight: Float[Tensor, "m o d"], bias: Float[Tensor, "m o"], rows: Float[Tensor, "n d"]
+) -> Float[Tensor, "m o n"]:
+    out: Tensor = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), rows.mT).view(*bias.shape, len(rows))
+    return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -305,7 +311,7 @@ def answers(member: Member, table: Table, readout: Readout) -> Answers:
         (found,) = readout.sums(raw, y, grid)
         sums.append(found.sum(0, keepdims=True) if readout.task == "classification" else found)
         if readout.task == "multilabel":
-            shares.append(raw[:, 0].sigmoid().cpu().numpy())
+            shares.append(raw[0].mT.sigmoid().cpu().numpy())
             truths.append(y.cpu().numpy() > 0.5)
         elif readout.task == "classification":
             share, truth = (part[y >= 0].cpu() for part in readout.shares(raw, y, grid))
@@ -326,15 +332,15 @@ def judge(
     theta: Float[Tensor, "m p"], net: Net, table: Table, readout: Readout, metric: str, *, with_loss: bool = False
 ) -> tuple[list[float], Float[Tensor, " m"]]:
     """Score every member, higher is better, and give its mean loss where wanted."""
-    total: list[np.ndarray | float] = [0.0] * len(theta)
+    total: np.ndarray | float = 0.0
     loss, count = theta.new_zeros(len(theta)), 0.0
     for raw, y, grid in _read(theta, net, table, readout):
-        total = [t + s.sum(0) for t, s in zip(total, readout.sums(raw, y, grid), strict=True)]
+        total = total + readout.totals(raw, y, grid)
         if with_loss:
             part, number = readout.loss(raw, y, grid)
             loss, count = loss + part, count + number
     figure = FIGURES[readout.task][metric]
-    return [better(metric, float(figure(np.asarray(t)))) for t in total], loss / max(count, 1e-12)
+    return [better(metric, float(figure(t))) for t in np.asarray(total)], loss / max(count, 1e-12)
 
 
 def _read(
@@ -346,38 +352,69 @@ def _read(
     width = len(theta) * readout.classes * max(pixels, rows * cols * readout.side**2)
     for index in torch.arange(len(table)).split(max(1, _ELEMENTS // width)):
         x, y = table.batch(index, learning=False)
-        yield net.outputs(theta, x), y, x.shape[:3]
+        yield net.outputs(theta, x, readout), y, x.shape[:3]
 
 
 class Adam:
     """AdamW over the rows of a matrix, each with its own rate, changed in place."""
 
     def __init__(self, theta: Float[Tensor, "m p"], weight_decay: float) -> None:
-        self.rows = theta.unbind()
+        self.rows = [torch.nn.Parameter(row, requires_grad=False) for row in theta.unbind()]
         self.means, self.squares = torch.zeros_like(theta).unbind(), torch.zeros_like(theta).unbind()
         self.weight_decay, self.steps = weight_decay, torch.zeros((), device=theta.device)
+        self.public: torch.optim.Optimizer | None = None
+        if not _has_fused_adamw():
+            groups = [{"params": [row]} for row in self.rows]
+            self.public = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
     @torch.inference_mode()
     def step(self, gradient: Float[Tensor, "m p"], rates: Sequence[float]) -> None:
+        if self.public is not None:
+            for group, row, slope, rate in zip(
+                self.public.param_groups, self.rows, gradient.unbind(), rates, strict=True
+            ):
+                row.grad, group["lr"] = slope, rate
+            self.public.step()
+            return
         self.steps += 1
         state = zip(self.rows, gradient.unbind(), self.means, self.squares, rates, strict=True)
         for row, slope, mean, square, rate in state:
-            # What torch.optim.AdamW(fused=True) calls, without looking up everything anew at every step.
-            torch._fused_adamw_(
-                [row],
-                [slope],
-                [mean],
-                [square],
-                [],
-                [self.steps],
-                lr=rate,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                weight_decay=self.weight_decay,
-                eps=EPS,
-                amsgrad=False,
-                maximize=False,
-            )
+            _fused_adamw(row, slope, mean, square, self.steps, rate, self.weight_decay)
+
+
+def _fused_adamw(
+    row: Tensor, slope: Tensor, mean: Tensor, square: Tensor, steps: Tensor, rate: float, weight_decay: float
+) -> None:
+    """Make the step of torch.optim.AdamW(fused=True) without looking everything up anew, which takes as long again."""
+    torch._fused_adamw_(
+        [row],
+        [slope],
+        [mean],
+        [square],
+        [],
+        [steps],
+        lr=rate,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=weight_decay,
+        eps=EPS,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+@lru_cache(maxsize=1)
+def _has_fused_adamw() -> bool:
+    """Say whether this torch's private function is there, and does what the public optimiser does."""
+    row, slope = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
+    public = torch.nn.Parameter(row.clone())
+    public.grad = slope.clone()
+    torch.optim.AdamW([public], lr=0.1, betas=BETAS, eps=EPS, weight_decay=0.1, fused=True).step()
+    try:
+        _fused_adamw(row, slope, torch.zeros(2), torch.zeros(2), torch.ones(()), 0.1, 0.1)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return torch.equal(row, public.detach())
 
 
 def shuffled(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[Int[Tensor, " b"], ...]:
