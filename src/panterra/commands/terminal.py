@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from panterra.plain import as_plain
+
 Result = TypeVar("Result")
 
 Advance = Callable[[int, int], None]
@@ -24,8 +26,8 @@ def note(text: str) -> None:
 
 
 def show_json(result: object) -> None:
-    """Print a result for machines."""
-    print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    """Print a result for machines; undefined numbers are null."""
+    print(json.dumps(as_plain(result), indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -8,7 +8,6 @@ they are not, those of Stehman (2014, https://doi.org/10.1080/01431161.2014.9302
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rasterio.windows import Window
 
 from panterra.errors import InputError
 from panterra.imagery.raster import dtype_of, grid_of, read_legend, read_onto
+from panterra.plain import as_plain
 
 IntervalKind = Literal["wilson", "normal"]
 
@@ -80,7 +80,7 @@ class AreaReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Give everything as plain JSON; undefined figures are None."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = as_plain(asdict(self))
         return plain
 
 
@@ -344,11 +344,3 @@ def _geodesy(crs: str) -> tuple[Transformer, float, float]:
 
 def _rows(table: np.ndarray) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

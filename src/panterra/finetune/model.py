@@ -32,6 +32,7 @@ from panterra.models.features import Encoder, Features
 from panterra.models.filling import fill_up, ground_m
 from panterra.models.sub_patches import divided, encode_sub_patches
 from panterra.models.weights import MODELS, Model, load_model, save_model, weights_checksum
+from panterra.plain import as_plain
 from panterra.sample import Batch
 
 FORMAT = "panterra-finetuned-1"
@@ -339,7 +340,7 @@ class FineTuned(nn.Module):
                 "setup": asdict(self.setup),
                 "summary": self.summary,
             }
-            text = json.dumps(_plain(config), indent=1, allow_nan=False)
+            text = json.dumps(as_plain(config), indent=1, allow_nan=False)
             for name, content in {"config.json": text + "\n", **others}.items():
                 (fresh / name).write_text(content, encoding="utf-8")
             if folder.exists():
@@ -394,10 +395,17 @@ def load_finetuned(folder: str | Path, *, device: str | torch.device = "cpu") ->
         raise InputError(f"{folder} is not a fine-tuned model: {' and '.join(missing)} missing; give its folder")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "format" not in config and "kind" in config:
+            raise InputError(
+                f"{folder} is no fine-tuned model but seems to be a probe; give a folder that panterra finetune wrote, "
+                "or map with the probe"
+            )
         if config["format"] != FORMAT:
             raise InputError(f"{folder} holds {config['format']!r}, which this version cannot read; update panterra")
         setup = _parse(config["setup"])
         tensors = load_file(folder / "model.safetensors")
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{folder} is a damaged model ({why}); copy or train it again") from None
@@ -432,15 +440,6 @@ def _parse(saved: Mapping[str, Any]) -> Setup:
     )
     task_of(setup.task)
     return setup
-
-
-def _plain(value: Any) -> Any:
-    """Turn what JSON has no word for, tuples and undefined numbers, into what it has."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _side_m(batch: Batch) -> float:
