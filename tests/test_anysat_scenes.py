@@ -21,7 +21,7 @@ from panterra.imagery.doctor import compare_statistics, examine, repair
 from panterra.imagery.files import scene_from_files
 from panterra.imagery.raster import grid_of, write_cog
 from panterra.imagery.stac import make_item, open_scene, save_scene
-from panterra.mapping import run
+from panterra.mapping import run, standards
 from panterra.mapping.embeddings import open_embeddings
 from panterra.modalities import MODALITIES, Band, Modality
 from panterra.models.anysat import AnySat, AnySatConfig
@@ -150,8 +150,8 @@ def test_statistics_do_not_depend_on_blocks_and_are_fitted_once(planet, model, t
     whole = run.embed(scene, model, tmp_path / "a.zarr", window_px=32, overlap_px=8, note=notes.append)
     assert len(notes) == 1
     assert model.missing_statistics(["sentinel2_l2a"])  # what was given stays as it was
-    monkeypatch.setattr(run, "STATISTICS_BYTES", 4 * 2 * 12 * 10**2)
-    assert sum(1 for _ in run.in_blocks(scene, scene.geobox(), ["sentinel2_l2a"])) == 25
+    monkeypatch.setattr(standards, "STATISTICS_BYTES", 4 * 2 * 12 * 10**2)
+    assert sum(1 for _ in standards.in_blocks(scene, scene.geobox(), ["sentinel2_l2a"])) == 25
     small = run.embed(scene, model, tmp_path / "b.zarr", window_px=32, overlap_px=8)
     for name, found in whole.about["model"]["statistics"].items():
         for key in ("mean", "std"):
@@ -319,7 +319,7 @@ def test_amazon_from_polygons_to_a_map(data_dir, model, tmp_path):
     assert mapped.path.read_bytes() == again.path.read_bytes()
     # An offset left in makes another scene of the same place: the probe's statistics are kept, so it shows.
     moved = model.with_statistics(fitted.probe.source.statistics)
-    here = moved.fit_statistics(run.in_blocks(given, given.geobox(), ["sentinel2_l2a"]))
+    here = moved.fit_statistics(standards.in_blocks(given, given.geobox(), ["sentinel2_l2a"]))
     offset = np.subtract(here["s2"]["mean"], moved.statistics["s2"].mean)
     np.testing.assert_allclose(offset, 1000, atol=1)
     own = model.with_statistics(here).statistics_of("sentinel2_l2a")

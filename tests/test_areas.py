@@ -294,7 +294,7 @@ def test_a_stopped_job_goes_on_to_the_same_seam_score(tmp_path):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("1,2,3", "there is no file"),
+        ("1,2,3", "there is no file 1,2,3; wanted polygons, or west,south,east,north in degrees"),
         ("10,50,10,51", "is none; wanted west,south,east,north"),
         ("0,0,1,1", "the scene shows nothing of the area"),
     ],

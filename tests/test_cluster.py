@@ -22,10 +22,10 @@ from odc.geo.geobox import GeoBox
 from panterra.cli import main
 from panterra.errors import InputError
 from panterra.imagery.stac import make_item, save_scene
-from panterra.mapping import sources
-from panterra.mapping.cluster import saved
+from panterra.mapping import reading
 from panterra.mapping.effort import BudgetError
 from panterra.mapping.embeddings import open_embeddings
+from panterra.mapping.painter import saved
 from panterra.mapping.parts import IncompleteError
 from panterra.mapping.run import embed
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
@@ -100,6 +100,17 @@ def test_two_processes_make_the_same_bytes_even_where_one_is_killed(scene, model
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.zarr", "e.zarr.json"]
 
 
+@pytest.mark.slow
+def test_a_script_that_its_workers_would_run_again_is_told_so(scene, model, tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "e.zarr"
+    script.write_text(
+        f"from panterra.mapping.run import embed\nembed({str(scene)!r}, {str(model)!r}, {str(out)!r}, on='processes:1')"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert "another process is making" in ran.stderr  # what the worker said, which took nothing away
+    assert ran.stderr.splitlines()[-1].endswith('other processes belongs under if __name__ == "__main__":')
+
+
 @pytest.fixture
 def poisoned(tmp_path):
     """A scene with one broken block, and how it is put right."""
@@ -118,7 +129,7 @@ def poisoned(tmp_path):
 
 @pytest.mark.parametrize(("on", "name"), [("local", "e.zarr"), ("local", "e.tif"), ("processes:1", "e.zarr")])
 def test_a_tile_that_cannot_be_read_is_left_out_and_made_later(model, alone, poisoned, tmp_path, monkeypatch, on, name):
-    monkeypatch.setattr(sources, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(reading, "WAITS_S", (0.0, 0.0))
     (scene, repair), out = poisoned, tmp_path / name
     with pytest.raises(
         IncompleteError, match=r"is complete but for 4 of 16 tiles.*cannot be read: .*s2_0.tif"
@@ -143,7 +154,7 @@ def test_a_tile_that_cannot_be_read_is_left_out_and_made_later(model, alone, poi
 
 
 def test_what_is_out_of_reach_fails_and_the_rest_is_made(scene, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "WAITS_S", (0.0,))
+    monkeypatch.setattr(reading, "WAITS_S", (0.0,))
     east = BOX[:, 96:]
     items = [
         make_item("here", "sentinel2_l2a", "2023-04-15", BOX[:, :96], {"data": str(scene / "s2_0.tif")}),
@@ -156,7 +167,7 @@ def test_what_is_out_of_reach_fails_and_the_rest_is_made(scene, model, tmp_path,
 
 
 def test_a_job_in_which_nothing_can_be_made_stops(scene, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "WAITS_S", ())
+    monkeypatch.setattr(reading, "WAITS_S", ())
     shutil.copytree(scene, tmp_path / "scene")
     for path in (tmp_path / "scene").glob("*.tif"):
         path.unlink()
@@ -166,7 +177,7 @@ def test_a_job_in_which_nothing_can_be_made_stops(scene, model, tmp_path, monkey
 
 
 def test_the_command_line_says_which_tiles_are_missing(model, poisoned, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "WAITS_S", ())
+    monkeypatch.setattr(reading, "WAITS_S", ())
     scene, out = poisoned[0], str(tmp_path / "e.zarr")
     words = ["embed", str(scene), "--model", str(model), "--out", out, "--tile-px", "48", "--window-px", "32", "--json"]
     assert main([*words, "--overlap-px", "8"]) == 3

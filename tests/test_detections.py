@@ -17,7 +17,7 @@ from panterra.finetune.boxes import SHAPE, find_boxes
 from panterra.finetune.heads import HeadConfig
 from panterra.finetune.model import Base, FineTuned, Setup
 from panterra.imagery.stac import open_scene
-from panterra.mapping import detections, sources
+from panterra.mapping import detections, reading
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 from test_cluster import block_of, drive_ray, on_ray, write_scene
 from test_finetune_detection import plant_ships
@@ -210,7 +210,7 @@ FEW = {"threshold": 0.08, "tile_px": 48}
 
 
 def test_other_processes_list_the_same_and_a_poisoned_tile_loses_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "WAITS_S", (0.0,))
+    monkeypatch.setattr(reading, "WAITS_S", (0.0,))
     scene, model = write_scene(tmp_path / "scene"), an_untrained_detector()
     whole = detections.detect(scene, model, tmp_path / "whole.geojson", **FEW)
     assert whole.counts["ship"] > 20

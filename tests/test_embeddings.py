@@ -89,6 +89,13 @@ def test_no_size_overflows_a_byte(size):
     assert error < 0.012
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("e.zarr", "float16"), ("e.zarr", "int8"), ("e.tif", "int8")])
+def test_what_a_small_type_cannot_hold_is_refused(tmp_path, features, name, dtype):
+    features[0, 0, 0] = -7e4
+    with pytest.raises(InputError, match=f"features reach 70000, and {dtype} holds 6[05]"):
+        write(tmp_path / name, features, dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_xarray_finds_the_grid_and_the_gaps(tmp_path, features, dtype):
     write(tmp_path / "e.zarr", features, dtype)

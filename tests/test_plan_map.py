@@ -24,10 +24,10 @@ from panterra.evaluate.probes import FeatureSource, Probe, ProbeClass
 from panterra.imagery.grids import lonlat
 from panterra.imagery.raster import write_cog
 from panterra.imagery.stac import make_item, open_scene, save_scene
-from panterra.mapping import plan as planning
-from panterra.mapping.effort import BudgetError, expect, joined, known_speed, settings_of, spread
+from panterra.mapping.clear import clear_observations
+from panterra.mapping.effort import BudgetError, Speed, expect, joined, known_speed, settings_of, spread
 from panterra.mapping.embeddings import open_embeddings
-from panterra.mapping.plan import Prices, clear_observations, plan_map, read_prices
+from panterra.mapping.plan import Prices, cost, plan_map, read_prices
 from panterra.mapping.run import embed
 from panterra.mapping.run import map as make_map
 from panterra.mapping.sources import Encoding
@@ -228,7 +228,7 @@ def test_clear_observations_agree_with_what_a_run_reads(scene, ledger):
 
 
 def test_they_are_counted_coarsely_on_large_areas(scene, ledger, monkeypatch):
-    monkeypatch.setattr(planning, "CLEAR_PX", 30)
+    monkeypatch.setattr("panterra.mapping.clear.CLEAR_PX", 30)
     clear = clear_observations(scene, "sentinel2_l2a", BOX)
     assert clear.pixel_m == 40
     assert clear.mean == pytest.approx(1.4375, abs=0.05)
@@ -359,7 +359,7 @@ def test_where_files_are_elsewhere_the_transfer_counts_at_most(scene, ledger):
     run_of(work_of(scene), seconds=36, windows=10)
     plan = plan_map(scene, model=FirstBands(), **CUT)
     remote = replace(plan.volume, files=None)
-    money = planning.cost(Prices(currency="EUR", per_gb_egress=1), plan.impact, seconds=plan.seconds, volume=remote)
+    money = cost(Prices(currency="EUR", per_gb_egress=1), plan.impact, seconds=plan.seconds, volume=remote)
     assert money == exactly(plan.volume.transferred / 1e9)
 
 
@@ -549,7 +549,7 @@ def test_a_budget_is_more_than_nothing(scene, ledger, tmp_path, budget):
 
 
 def test_what_is_used_counts_against_the_budget():
-    speed = planning.Speed(seconds=exactly(1), kwh=exactly(0.1), method="modelled", runs=1, source="a run")
+    speed = Speed(seconds=exactly(1), kwh=exactly(0.1), method="modelled", runs=1, source="a run")
     expect(10, speed, 1.5, used=0.4)
     with pytest.raises(BudgetError, match=r"budget of 1\.5 kWh, of which 0\.6 are used, does not suffice"):
         expect(10, speed, 1.5, used=0.6)

@@ -25,7 +25,7 @@ from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, Probe, ProbeClass
 from panterra.imagery.raster import write_cog
 from panterra.imagery.stac import Scene, make_item, open_scene, save_scene
-from panterra.mapping import sources
+from panterra.mapping import reading
 from panterra.mapping.blend import window_weight
 from panterra.mapping.embeddings import open_embeddings
 from panterra.mapping.run import embed
@@ -304,7 +304,7 @@ def test_the_passport_says_where_a_map_came_from(scene, tmp_path):
 
 
 def test_a_tile_that_cannot_be_read_keeps_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "WAITS_S", ())
+    monkeypatch.setattr(reading, "WAITS_S", ())
     scene = write_scene(tmp_path)
     away = tmp_path / "away.tif"
     whole = embed(scene, BandMeans(), tmp_path / "whole.zarr", tile_px=60, **CUT)
@@ -354,6 +354,9 @@ def test_an_existing_output_is_replaced_only_when_asked(scene, tmp_path):
             embed(scene, BandMeans(), out, **CUT)
         embed(scene, BandMeans(), out, overwrite=True, **CUT)
         assert _bytes_of(out) == before
+    (tmp_path / "m_probabilities.tif").touch()
+    with pytest.raises(InputError, match=r"m_probabilities\.tif exists; choose another name"):
+        make_map(scene, make_probe(), tmp_path / "m.tif", model=BandMeans(), probabilities=True)
     (tmp_path / "things").mkdir()
     with pytest.raises(InputError, match="is a folder with other things"):
         embed(scene, BandMeans(), tmp_path / "things", overwrite=True, **CUT)
@@ -363,12 +366,15 @@ def test_an_existing_output_is_replaced_only_when_asked(scene, tmp_path):
     ("change", "message"),
     [
         ({"patch_m": 35}, "patches of 35 m are not a whole number of 10 m pixels"),
+        ({"patch_m": float("nan")}, "patches of nan m are not a whole number of 10 m pixels"),
         ({"window_px": 30}, "window_px is 30, not a whole number of patches of 4 px; give 28, 32"),
         ({"overlap_px": 3}, "overlap_px is 3, .* give 4"),
         ({"overlap_px": 32}, "wanted 0 <= overlap < window"),
         ({"modalities": ["landsat"]}, "cannot use landsat: the scene holds sentinel2_l2a, sentinel1"),
         ({"dtype": "float64"}, "wanted one of float32, float16, int8"),
         ({"batch_windows": 0}, "both must be 1 or more"),
+        ({"tile_px": 0}, "tile_px is 0; give 1 or more"),
+        ({"tile_px": -4}, "tile_px is -4; give 1 or more"),
         ({"box": GeoBox((5, 5), Affine(1, 0, 15, 0, -1, 45), "EPSG:4326")}, "projected"),
         ({"box": GeoBox((5, 5), Affine(10, 0, 15, 0, 10, 45), "EPSG:32633")}, "north up"),
     ],
@@ -379,12 +385,76 @@ def test_what_cannot_be_embedded_says_so(scene, tmp_path, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "given", [{"patch_m": 20}, {"modalities": ["sentinel1"]}, {"window_px": 64, "overlap_px": 0}, {"tile_px": 0}]
+)
+def test_what_stored_embeddings_were_made_with_is_not_asked_for_again(scene, tmp_path, given):
+    store = embed(scene, BandMeans(), tmp_path / "e.zarr", **CUT)
+    with pytest.raises(InputError, match=f"as they were made; leave out {', '.join(given)}, or embed again"):
+        make_map(store, make_probe(), tmp_path / "m.tif", **given)
+
+
+def test_killed_while_it_tidies_up_a_job_is_done(scene, tmp_path, monkeypatch):
+    def killed(folder):
+        for path in folder.glob("*_00000_*"):
+            path.unlink()
+        raise KeyboardInterrupt
+
+    args = {"tile_px": 64, "overlap_px": 8, "model": BandMeans()}
+    with monkeypatch.context() as patch:
+        patch.setattr("panterra.mapping.parts.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_map(scene, make_probe(), tmp_path / "m.tif", **args)
+    before = _bytes_of(tmp_path / "m.tif")
+    with pytest.raises(InputError, match=r"m\.tif exists; choose another name"):
+        make_map(scene, make_probe(), tmp_path / "m.tif", **args)
+    make_map(scene, make_probe(), tmp_path / "m.tif", overwrite=True, **args)
+    assert _bytes_of(tmp_path / "m.tif") == before
+
+
+def test_what_another_process_is_making_is_left_alone(scene, tmp_path):
+    claimed = tmp_path / "e.zarr.parts" / "claimed"
+    claimed.parent.mkdir()
+    code = f"import fcntl; file = open({str(claimed)!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline()
+        with pytest.raises(InputError, match=r"another process is making .*e\.zarr; wait for it"):
+            embed(scene, BandMeans(), tmp_path / "e.zarr", **CUT)
+        other.kill()
+    embed(scene, BandMeans(), tmp_path / "e.zarr", **CUT)
+    assert not claimed.parent.exists()
+
+
+def test_an_output_without_data_is_told_of(scene, tmp_path):
+    write_cog(tmp_path / "s2.tif", np.zeros((12, *BOX.shape), np.uint16), BOX, nodata=0)
+    write_cog(tmp_path / "s1.tif", np.full((2, *BOX.shape), -32768, np.float32), BOX, nodata=-32768)
+    empty = open_scene(
+        [
+            make_item("s2", "sentinel2_l2a", "2023-04-15", BOX, {"data": str(tmp_path / "s2.tif")}),
+            make_item("s1", "sentinel1", "2023-04-15", BOX, {"data": str(tmp_path / "s1.tif")}),
+        ]
+    )
+    told = []
+    args = {"overlap_px": 8, "tile_px": 60, "note": told.append}
+    store = embed(empty, BandMeans(), tmp_path / "e.zarr", window_px=32, **args)
+    make_map(empty, make_probe(), tmp_path / "m.tif", model=BandMeans(), **args)
+    make_map(store, make_probe(), tmp_path / "stored.tif", note=told.append)
+    said = "holds no data: there is not one valid pixel in what was looked at"
+    assert told == [f"{tmp_path / name} {said}" for name in ("e.zarr", "m.tif", "stored.tif")]
+    told.clear()
+    make_map(scene, make_probe(), tmp_path / "full.tif", model=BandMeans(), **args)
+    assert not told
+
+
 def test_what_cannot_be_mapped_says_so(scene, tmp_path):
     probe, encoder = make_probe(), BandMeans()
     with pytest.raises(InputError, match=r"end in \.tif"):
         make_map(scene, probe, tmp_path / "map.png", model=encoder)
     with pytest.raises(InputError, match="no probabilities"):
         make_map(scene, make_probe("values"), tmp_path / "m.tif", model=encoder, probabilities=True)
+    with pytest.raises(InputError, match=r"let the name 'field\.txt' end in \.zarr or \.tif"):
+        embed(scene, encoder, tmp_path / "field.txt", **CUT)
     with pytest.raises(InputError, match="cannot hold float16"):
         embed(scene, encoder, tmp_path / "e.tif", dtype="float16")
     encoder.dim = 7

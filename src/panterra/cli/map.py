@@ -50,6 +50,7 @@ def map(
     from panterra.commands.terminal import despite_failures, note, show_json
     from panterra.finetune.model import at_periods
     from panterra.mapping import run
+    from panterra.mapping.probing import as_probe
     from panterra.mapping.seams import warning_of
     from panterra.models.weights import load_model
 
@@ -57,7 +58,7 @@ def map(
         "mapping",
         lambda progress: run.map(
             source,
-            at_periods(run.as_probe(probe), before, after),
+            at_periods(as_probe(probe), before, after),
             out,
             model=load_model(model, random=random) if model else None,
             probabilities=probabilities,

@@ -9,7 +9,8 @@ from panterra.errors import InputError
 from panterra.evaluate.probes import load_probe
 from panterra.imagery.doctor import Finding, compare_statistics, examine, worst_first
 from panterra.imagery.stac import Scene, open_scene
-from panterra.mapping.run import common_grid, in_blocks
+from panterra.mapping.areas import common_grid
+from panterra.mapping.standards import in_blocks
 from panterra.models.features import Encoder, Fitted
 from panterra.models.weights import MODELS, load_model
 

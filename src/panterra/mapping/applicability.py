@@ -7,16 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pystac
-from rasterio.windows import Window as FileWindow
 
 from panterra.energy import measure_energy
 from panterra.errors import InputError
 from panterra.evaluate.applicability import Applicability
 from panterra.imagery.raster import CogWriter
-from panterra.mapping.embeddings import EmbeddingStore
-from panterra.mapping.passport import write_passport
-from panterra.mapping.sources import Stored
+from panterra.mapping.embeddings import EmbeddingStore, file_window, is_tif
+from panterra.mapping.passport import data_asset, passport_of, write_passport
+from panterra.mapping.stored import Stored
 
 BANDS = ("dissimilarity", "inside")
 
@@ -36,7 +34,7 @@ def write_applicability(
     file is made block by block, appears whole, and has a passport beside it.
     """
     out = Path(out)
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if not is_tif(out):
         raise InputError(f"the layer is written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another name, or replace it with overwrite")
@@ -63,18 +61,12 @@ def write_applicability(
         for done, tile in enumerate(tiles, start=1):
             index = fitted.index(store.read(tile.core))
             inside = np.where(np.isfinite(index), fitted.inside(index), np.float32(np.nan))
-            window = FileWindow(tile.core.col, tile.core.row, tile.core.width, tile.core.height)
-            writer.write(window, np.stack([index, inside]).astype(np.float32))
+            writer.write(file_window(tile.core), np.stack([index, inside]).astype(np.float32))
             if progress:
                 progress(done, len(tiles))
-    asset = pystac.Asset(
-        str(out.absolute()),
-        media_type=pystac.MediaType.COG,
-        roles=["data"],
-        extra_fields={"data_type": "float32", "nodata": "nan", "bands": [{"name": name} for name in BANDS]},
-    )
+    asset = data_asset(out, data_type="float32", nodata="nan", bands=[{"name": name} for name in BANDS])
     write_passport(
-        out.with_name(f"{out.name}.json"),
+        passport_of(out),
         store.box,
         work.dates,
         {"applicability": asset},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from panterra.mapping.embeddings import EmbeddingStore
 from panterra.mapping.search_query import read_places
 from panterra.mapping.tiles import Tile, Window
 from panterra.modalities import MODALITIES
+from panterra.models.features import Encoder
 
 Area: TypeAlias = shapely.Geometry
 """In longitude and latitude, within -180 to 180."""
@@ -37,7 +39,10 @@ EDGES = 200
 def read_area(where: str | Path | Area) -> Area:
     """Read polygons from any vector file, or "west,south,east,north" in degrees; over the antimeridian west > east."""
     if isinstance(where, str | Path):
-        geometry = _box_of(str(where)) or shapely.union_all(read_places(where).to_crs("EPSG:4326").make_valid())
+        box = _box_of(str(where))
+        if box is None and not Path(where).is_file():
+            raise InputError(f"there is no file {where}; wanted polygons, or west,south,east,north in degrees")
+        geometry = box or shapely.union_all(read_places(where).to_crs("EPSG:4326").make_valid())
     else:
         geometry = where
     if not geometry.area:
@@ -81,6 +86,21 @@ def lay_grid(scene: Scene, resolution: float, *, crs: CRS | None = None, area: A
     if window is None:
         raise InputError("the scene shows nothing of the area; wanted an area that meets the scene")
     return box[window.slices]
+
+
+def common_grid(
+    scene: Scene,
+    encoder: Encoder,
+    modalities: Sequence[str] | None = None,
+    *,
+    crs: str | None = None,
+    area: Area | None = None,
+) -> GeoBox:
+    """Lay the common grid over a scene: 10 m, or the finest of the modalities to be used where all are coarser."""
+    used = [MODALITIES[name] for name in modalities or scene.modalities if name in encoder.modalities]
+    sizes = [spec.gsd for spec in used if spec.kind in ("series", "still")]
+    resolution = max(10.0, min(sizes, default=10.0))
+    return lay_grid(scene, resolution, crs=parse_crs(crs) if crs is not None else None, area=area)
 
 
 def cut_store(store: EmbeddingStore, *, box: GeoBox | None, area: Area | None) -> tuple[EmbeddingStore, Coverage]:

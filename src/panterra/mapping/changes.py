@@ -18,7 +18,6 @@ import rasterio.features
 import shapely
 from jaxtyping import Float32
 from odc.geo.geobox import GeoBox
-from rasterio.windows import Window as FileWindow
 from rasterio.windows import from_bounds
 
 from panterra.energy import measure_energy
@@ -28,11 +27,10 @@ from panterra.imagery.grids import unwrapped
 from panterra.imagery.labels import Labels, sample_labels
 from panterra.imagery.raster import CogWriter
 from panterra.imagery.stac import pixel_metres
-from panterra.mapping.embeddings import EmbeddingStore
-from panterra.mapping.passport import write_passport
+from panterra.mapping.embeddings import EmbeddingStore, file_window, is_tif
+from panterra.mapping.passport import data_asset, passport_of, write_passport
 from panterra.mapping.search_query import check_comparable
 from panterra.mapping.search_scores import STEP, expand
-from panterra.mapping.tiles import Window
 
 Progress = Callable[[int, int], None]
 
@@ -84,7 +82,7 @@ def find_change(
     distances, exact for places like them. Otherwise the bulk of all patches stands for them, see `bulk_threshold`.
     """
     out = Path(out)
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if not is_tif(out):
         raise InputError(f"distances are written as a GeoTIFF; let the name {out.name!r} end in .tif")
     if not 0 < false_alarms < 0.5:
         raise InputError(f"a share of {false_alarms:g} false alarms was asked for; wanted more than 0, less than 0.5")
@@ -107,11 +105,11 @@ def find_change(
         changed = _write_mask(out, mask, before.box, threshold, tags)
         num_polygons = _write_polygons(out, mask, before.box, polygons, min_patches) if polygons is not None else 0
     assets = {
-        "distance": _asset(out, pystac.MediaType.COG, data_type="float32", nodata="nan"),
-        "mask": _asset(mask, pystac.MediaType.COG, data_type="uint8", nodata=NO_DATA, **_classes()),
-        **({"polygons": _asset(polygons, pystac.MediaType.GEOJSON)} if polygons is not None else {}),
+        "distance": data_asset(out, data_type="float32", nodata="nan"),
+        "mask": data_asset(mask, data_type="uint8", nodata=NO_DATA, **_classes()),
+        **({"polygons": data_asset(polygons, pystac.MediaType.GEOJSON)} if polygons is not None else {}),
     }
-    passport = out.with_name(f"{out.name}.json")
+    passport = passport_of(out)
     share = changed / int(counts.sum())
     write_passport(
         passport,
@@ -202,7 +200,7 @@ def _write_distances(before: EmbeddingStore, after: EmbeddingStore, out: Path, p
             distances = cosine_distances(one, other)
             seen = np.clip(distances[np.isfinite(distances)], SMALLEST, 2.0)
             counts += np.histogram(np.log(seen, dtype=np.float64).clip(LOG_EDGES[0], LOG_EDGES[-1]), LOG_EDGES)[0]
-            writer.write(_file_window(window), distances.reshape(window.height, window.width))
+            writer.write(file_window(window), distances.reshape(window.height, window.width))
             if progress:
                 progress(number, len(windows))
     return counts
@@ -280,11 +278,3 @@ def _classes() -> dict[str, Any]:
         for code, name in CATEGORIES.items()
     ]
     return {"classification:classes": classes}
-
-
-def _asset(path: Path, media_type: str, **fields: Any) -> pystac.Asset:
-    return pystac.Asset(str(path.absolute()), media_type=media_type, roles=["data"], extra_fields=fields)
-
-
-def _file_window(window: Window) -> FileWindow:
-    return FileWindow(window.col, window.row, window.width, window.height)

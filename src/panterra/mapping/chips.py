@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyproj
-import pystac
 import shapely
 from affine import Affine
 from odc.geo.geobox import GeoBox
@@ -33,7 +32,7 @@ from panterra.mapping.embeddings import (
     proj_fields,
     to_bytes,
 )
-from panterra.mapping.passport import write_passport
+from panterra.mapping.passport import data_asset, passport_of, write_passport
 from panterra.mapping.tiles import Window
 
 SUFFIXES = (".parquet", ".geoparquet")
@@ -156,14 +155,9 @@ def write_chips(
                 writer.write_table(rows, row_group_size=rows.num_rows)
             if progress:
                 progress(number, len(windows))
-    asset = pystac.Asset(
-        str(out.absolute()),
-        media_type="application/vnd.apache.parquet",
-        roles=["data"],
-        extra_fields={"data_type": store.dtype},
-    )
+    asset = data_asset(out, "application/vnd.apache.parquet", data_type=store.dtype)
     write_passport(
-        out.with_name(f"{out.name}.json"),
+        passport_of(out),
         grid,
         store.dates,
         {"embeddings": asset},

@@ -7,40 +7,29 @@ bytes are those of a run in one process with as many threads, and so is what a k
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
-import logging
-import math
-import multiprocessing as mp
 import os
 import re
 import shutil
-import signal
-import tempfile
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
 
 from panterra.energy.meter import Usage
 from panterra.errors import InputError
-from panterra.finetune.model import FineTuned, load_finetuned
-from panterra.mapping import sources
+from panterra.finetune.model import FineTuned
+from panterra.mapping import reading
 from panterra.mapping.blend import Canvas
+from panterra.mapping.crews import Crew, Processes, Ray, WorkerDiedError
 from panterra.mapping.detector import Detector
+from panterra.mapping.painter import Answer, Job, saved
 from panterra.mapping.parts import Failure, Parts
-from panterra.mapping.sources import Canvases, Encoding, Stored, ahead
+from panterra.mapping.sources import Canvases, Encoding
+from panterra.mapping.stored import Stored
 from panterra.mapping.tiles import Tile
-from panterra.models import weights
 from panterra.models.anysat import AnySat
 from panterra.models.exported import Exported
 from panterra.models.features import Encoder
@@ -108,7 +97,7 @@ def painters(
         threads=torch.get_num_threads(),
     )
     processes = _num_processes(on)
-    crew: Crew = _Processes(job, processes) if processes else _Ray(job, on)
+    crew: Crew = Processes(job, processes) if processes else Ray(job, on)
     if note:
         note(_told(on, crew.size, job.threads, alone=bool(processes)))
     with contextlib.closing(crew):
@@ -131,168 +120,6 @@ def _told(on: str, size: int, threads: int, *, alone: bool) -> str:
     return said
 
 
-# What a worker is told.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFiles:
-    """An encoder as files, and what of its set-up is not in them."""
-
-    folder: Path
-    """Where the files are; workers that may be on other machines get `content` instead."""
-    tuned: bool
-    about: Mapping[str, Any]
-    """What the encoder is, so that a worker knows whether it has the same."""
-    settings: Mapping[str, Any]
-    """Arguments of `load_model`."""
-    device: str
-    dtype: str | None
-    detects: bool = False
-    content: Mapping[str, bytes] | None = None
-
-    def carried(self) -> ModelFiles:
-        """Take the files along."""
-        files = (file for file in self.folder.rglob("*") if file.is_file())
-        return replace(self, content={file.relative_to(self.folder).as_posix(): file.read_bytes() for file in files})
-
-    def load(self) -> Encoder:
-        """Load the encoder."""
-        if self.content is None:
-            return self._load(self.folder)
-        with tempfile.TemporaryDirectory(prefix="panterra-model-") as name:
-            for file, content in self.content.items():
-                path = Path(name) / file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            return self._load(Path(name))
-
-    def _load(self, folder: Path) -> Encoder:
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        if self.tuned:
-            model = load_finetuned(folder, device=self.device).to(dtype=dtype)
-            return Detector(model=model) if self.detects else model
-        return cast(Encoder, weights.load_model(folder, device=self.device, dtype=dtype, **self.settings))
-
-
-def saved(encoder: Encoder, folder: Path) -> ModelFiles:
-    """Save an encoder for workers."""
-    if isinstance(encoder, Detector):
-        return replace(saved(encoder.model, folder), detects=True)
-    about = weights.passport(encoder)
-    if isinstance(encoder, Exported):
-        return ModelFiles(folder=Path(encoder.name), tuned=False, about=about, settings={}, device="cpu", dtype=None)
-    if isinstance(encoder, FineTuned):
-        encoder.save(folder, overwrite=True)
-        settings: dict[str, Any] = {}
-    else:
-        assert isinstance(encoder, OlmoEarth | AnySat), encoder.name
-        try:
-            weights.save_model(encoder, folder)
-        except SafetensorError as error:  # what it says of a full disk
-            raise OSError(str(error)) from error
-        settings = {"normalized_input": encoder.normalized_input}
-        if isinstance(encoder, OlmoEarth):
-            settings["attention"] = encoder.attention
-        else:
-            settings["missing"] = encoder.missing
-    first = next(encoder.parameters())
-    dtype = None if first.dtype == torch.float32 else str(first.dtype).removeprefix("torch.")
-    return ModelFiles(
-        folder=folder,
-        tuned=isinstance(encoder, FineTuned),
-        about=about,
-        settings=settings,
-        device=str(first.device),
-        dtype=dtype,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a worker needs to paint any tile: the plan without its encoder, and files to load that from."""
-
-    work: Encoding
-    model: ModelFiles
-    threads: int
-    """Part of the job: rounding depends on how many there are."""
-
-    def open(self) -> Encoding:
-        """Load the encoder, and check that it is the one that was planned with."""
-        torch.set_num_threads(self.threads)
-        encoder = self.model.load()
-        planned = self.model.about
-        loaded = weights.passport(encoder.model if isinstance(encoder, Detector) else encoder)
-        other = sorted(k for k in {*planned, *loaded} - {"name", "source"} if planned.get(k) != loaded.get(k))
-        if other:
-            raise InputError(
-                f"the encoder's {', '.join(other)} got lost on the way to a worker; leave out where to compute"
-            )
-        return replace(self.work, encoder=encoder)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Painted:
-    """A tile as a worker made it."""
-
-    canvas: Canvas
-    encoder_seconds: float
-
-
-Answer = Painted | Failure | InputError
-"""An InputError says that a worker cannot work at all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """What a worker answers, and what it has used so far."""
-
-    answer: Answer
-    used: Usage
-
-
-class Painter:
-    """A worker: opens the job at its first tile."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._work: Encoding | None = None
-        self._started = time.perf_counter()
-
-    def paint(self, row: int, col: int) -> Reply:
-        """Paint a tile, by its number along rows and columns."""
-        answer = self._paint(row, col)
-        return Reply(answer=answer, used=Usage.since(self._started))
-
-    def _paint(self, row: int, col: int) -> Answer:
-        try:
-            self._work = work = self._work or self._job.open()
-        except InputError as error:
-            return error
-        before = work.encoder_seconds
-        canvas = work.canvas(work.lattice.tile(row, col))
-        if isinstance(canvas, Failure):
-            return canvas
-        return Painted(canvas=canvas, encoder_seconds=work.encoder_seconds - before)
-
-
-# Who asks.
-
-
-class WorkerDiedError(Exception):
-    """A worker is gone, and with it the tile it had."""
-
-
-class Crew(Protocol):
-    """Workers. `paint` may be called from `size` threads at once, and raises WorkerDiedError."""
-
-    size: int
-
-    def paint(self, tile: Tile) -> Reply: ...
-
-    def close(self) -> None:
-        """Stop the workers, once or again; what they had in hand ends in WorkerDiedError."""
-
-
 def _canvases(
     crew: Crew,
     work: Encoding,
@@ -304,7 +131,7 @@ def _canvases(
     rows, cols = work.lattice.rows, work.lattice.cols
     tile_bytes = 4 * (rows.tile + rows.window) * (cols.tile + cols.window) * (work.dim + 1)
     most = in_flight(crew.size, tile_bytes)
-    made = ahead(lambda tile: _made(crew, tile, closed, tell), tiles, crew.size, most=most)
+    made = reading.ahead(lambda tile: _made(crew, tile, closed, tell), tiles, crew.size, most=most)
     try:
         for tile, answer in made:
             if isinstance(answer, InputError):
@@ -322,7 +149,7 @@ def _canvases(
 
 def _made(crew: Crew, tile: Tile, closed: threading.Event, tell: Callable[[Usage], None]) -> Answer:
     """Have a tile painted, by another worker where one dies, and again where it fails."""
-    waits, deaths = iter(sources.WAITS_S), itertools.count(1)
+    waits, deaths = iter(reading.WAITS_S), itertools.count(1)
     while True:
         try:
             reply = crew.paint(tile)
@@ -335,140 +162,3 @@ def _made(crew: Crew, tile: Tile, closed: threading.Event, tell: Callable[[Usage
             wait = min(WAIT_S * 2 ** (times - 1), LONGEST_WAIT_S) if times < DEATHS else None
         if wait is None or closed.wait(wait):
             return answer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-
-
-class _Processes:
-    """Processes on this machine, each started when there is a tile for it, and again where it has died."""
-
-    def __init__(self, job: Job, size: int) -> None:
-        self.size = size
-        self._job = job
-        self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
-        for _ in range(size):
-            self._idle.put(None)
-        self._alive: set[BaseProcess] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def paint(self, tile: Tile) -> Reply:
-        worker, seat = self._idle.get(), None
-        try:
-            seat = worker = worker or self._start()
-            worker.pipe.send((tile.row, tile.col))
-            reply: Reply | str = worker.pipe.recv()
-        except (EOFError, OSError):
-            seat = None
-            raise WorkerDiedError(self._end(worker)) from None
-        finally:
-            self._idle.put(seat)
-        if isinstance(reply, str):
-            raise RuntimeError(f"a worker failed at tile {tile.name}:\n{reply}")
-        return reply
-
-    def _start(self) -> _Worker:
-        context = mp.get_context("spawn")
-        with self._lock:
-            if self._closed:
-                raise EOFError
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._job), daemon=True, name="panterra-worker")
-            process.start()
-            self._alive.add(process)
-        theirs.close()
-        return _Worker(process=process, pipe=ours)
-
-    def _end(self, worker: _Worker | None) -> str:
-        """Take away what is left of a worker, and say how it ended."""
-        if worker is None:
-            return "it could not start"
-        worker.pipe.close()
-        worker.process.join()
-        with self._lock:
-            self._alive.discard(worker.process)
-        return f"exit code {worker.process.exitcode}"
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            left = list(self._alive)
-        for process in left:
-            process.terminate()
-        for process in left:
-            process.join()
-
-
-def _serve(pipe: Connection, job: Job) -> None:
-    """Paint what is asked for until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks decides when to stop
-    painter = Painter(job)
-    while True:
-        try:
-            row, col = pipe.recv()
-        except EOFError:
-            return
-        try:
-            reply: Reply | str = painter.paint(row, col)
-        except Exception:
-            reply = traceback.format_exc()
-        pipe.send(reply)
-
-
-class _Ray:
-    """Actors on a Ray cluster: the one that is running, the one at an address, or a fresh one on this machine."""
-
-    def __init__(self, job: Job, on: str) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            ray: Any = importlib.import_module("ray")
-        except ModuleNotFoundError:
-            raise InputError(f"on={on!r} needs ray; install it with: pip install 'panterra[ray]'") from None
-        self._ray = ray
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            try:
-                ray.init(on if on != "ray" else None, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise InputError(
-                    f"the Ray cluster at {on} cannot be used: {error}; see that it runs, that its version is "
-                    "that of ray here, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN are the same there and here"
-                ) from None
-        gpus = int(job.model.device.startswith("cuda"))
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = min(job.threads, max(int(node.get("CPU", 1)) for node in nodes))
-        rooms = [min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else math.inf) for node in nodes]
-        self.size = max(int(sum(rooms)), 1)
-        carried = ray.put(replace(job, model=job.model.carried()))
-        actor = ray.remote(Painter).options(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0)
-        self._actors = [actor.remote(carried) for _ in range(self.size)]
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-        for one in self._actors:
-            self._idle.put(one)
-
-    def paint(self, tile: Tile) -> Reply:
-        actor = self._idle.get()
-        try:
-            reply: Reply = self._ray.get(actor.paint.remote(tile.row, tile.col))
-        except self._ray.exceptions.RayTaskError:
-            raise  # a mistake of ours
-        except self._ray.exceptions.RayError as error:
-            raise WorkerDiedError(str(error).strip().split("\n")[0]) from None
-        finally:
-            self._idle.put(actor)
-        answer = reply.answer
-        if isinstance(answer, Painted):  # arrays of the object store are read-only, and fill it as long as they live
-            return replace(reply, answer=replace(answer, canvas=answer.canvas.copy()))
-        return reply
-
-    def close(self) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors.clear()
-        if self._ours:
-            self._ray.shutdown()
-            self._ours = False

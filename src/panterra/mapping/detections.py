@@ -19,6 +19,7 @@ from odc.geo.geobox import GeoBox
 
 from panterra.energy import EnergyReport
 from panterra.energy.impact import Impact, impact_of
+from panterra.energy.ledger import Note
 from panterra.errors import InputError
 from panterra.files import write_whole
 from panterra.finetune.boxes import SAME, SHAPE, boxes_of, suppress
@@ -28,8 +29,9 @@ from panterra.imagery.stac import Scene, open_scene, pixel_metres
 from panterra.mapping.areas import Area, read_area
 from panterra.mapping.cluster import check_on
 from panterra.mapping.detector import Detector
+from panterra.mapping.job import Progress, complete, compute, conclude
 from panterra.mapping.parts import Parts
-from panterra.mapping.run import Note, Progress, common_grid, complete, compute, conclude, one_grid
+from panterra.mapping.passport import data_asset, passport_of
 from panterra.mapping.sources import Encoding
 from panterra.mapping.tiles import Tile
 
@@ -98,7 +100,8 @@ def detect(
     work = Encoding.plan(
         scene,
         encoder,
-        box=one_grid(box, crs) or common_grid(scene, encoder, model.modalities, crs=crs, area=area),
+        box=box,
+        crs=crs,
         area=area,
         patch_m=model.setup.patch_m,
         modalities=model.modalities,
@@ -115,13 +118,13 @@ def detect(
     account = compute(
         "detect", work, parts, sink, on=on, country=country, budget_kwh=budget_kwh, progress=progress, note=note
     )
-    asset = pystac.Asset(str(out.absolute()), media_type=pystac.MediaType.GEOJSON, roles=["data"])
+    asset = data_asset(out, pystac.MediaType.GEOJSON)
     listed = {"counts": sink.counts, "areas_m2": sink.areas_m2}
     told = {"panterra:detector": about, "panterra:objects": listed}
     conclude(work, parts, {"objects": asset}, account.total, told)
     made = Detections(
         path=out,
-        passport=out.with_name(f"{out.name}.json"),
+        passport=passport_of(out),
         threshold=threshold,
         counts=sink.counts,
         areas_m2=sink.areas_m2,

@@ -20,7 +20,8 @@ from panterra.errors import InputError
 from panterra.files import write_whole
 from panterra.imagery.stac import pixel_metres
 from panterra.mapping.parts import Parts
-from panterra.mapping.sources import Encoding, Stored
+from panterra.mapping.sources import Encoding
+from panterra.mapping.stored import Stored
 from panterra.mapping.tiles import Tile
 
 RECENT = 20

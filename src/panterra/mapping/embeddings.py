@@ -42,6 +42,8 @@ INT8_RULE = {
     "nodata": NO_BYTE,
 }
 """OlmoEarth's rule for values within ±1; the scale brings every patch there, so that nothing is clipped."""
+HOLDS = {"float16": 65504.0, "int8": 2.0 ** (127 / 8)}
+"""The largest value of the small types; in int8 by its largest scale."""
 
 
 def to_bytes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -212,12 +214,22 @@ def lonlat_of(row: np.ndarray, col: np.ndarray, box: GeoBox) -> np.ndarray:
     return np.stack(pyproj.Transformer.from_crs(box.crs.to_wkt(), "EPSG:4326", always_xy=True).transform(x, y), axis=1)
 
 
+def is_tif(path: str | Path) -> bool:
+    """Tell whether a name is that of a GeoTIFF."""
+    return Path(path).suffix.lower() in (".tif", ".tiff")
+
+
+def file_window(window: Window) -> FileWindow:
+    """Express a window as rasterio does."""
+    return FileWindow(window.col, window.row, window.width, window.height)
+
+
 def open_embeddings(path: str | Path) -> EmbeddingStore:
     """Open what `embed` wrote: a Zarr store or a GeoTIFF."""
     path = Path(path)
     if path.is_dir() and (path / "zarr.json").is_file():
         return _open_zarr(path)
-    if path.is_file() and path.suffix.lower() in (".tif", ".tiff"):
+    if path.is_file() and is_tif(path):
         return _open_cog(path)
     raise InputError(f"{path} holds no embeddings; wanted a folder or .tif that `panterra embed` wrote")
 
@@ -306,10 +318,16 @@ def _grown(chunk: tuple[int, int], shard: tuple[int, int], most: int) -> tuple[i
     return chunk[0] * factor, chunk[1] * factor
 
 
+def _check_size(features: np.ndarray, dtype: str) -> None:
+    if dtype in HOLDS and (largest := np.nanmax(np.abs(features), initial=0)) > HOLDS[dtype]:
+        raise InputError(f"features reach {largest:.6g}, and {dtype} holds {HOLDS[dtype]:.6g}; store them as float32")
+
+
 def write_zarr(path: Path, window: Window, features: np.ndarray) -> None:
     """Write features [h, w, D] into a store; whole shards are written atomically."""
     group = cast(Any, zarr.open_group(str(path), mode="r+"))
     array, (rows, cols) = group["embeddings"], window.slices
+    _check_size(features, array.dtype.name)
     if array.dtype == np.int8:
         features, exponent = to_bytes(features)
         group["scale_exponent"][rows, cols] = exponent
@@ -318,6 +336,7 @@ def write_zarr(path: Path, window: Window, features: np.ndarray) -> None:
 
 def cog_bands(features: np.ndarray, dtype: Dtype) -> np.ndarray:
     """Lay features [h, w, D] out as the bands of a GeoTIFF; in int8 the scale's exponent is the last one."""
+    _check_size(features, dtype)
     if dtype == "int8":
         codes, exponent = to_bytes(features)
         return np.moveaxis(np.concatenate([codes, exponent[..., None]], axis=-1), -1, 0)
@@ -385,7 +404,7 @@ def _open_cog(path: Path) -> EmbeddingStore:
 
     def fetch(window: Window) -> tuple[np.ndarray, np.ndarray | None]:
         with rasterio.open(path) as file:
-            stored = file.read(window=FileWindow(window.col, window.row, window.width, window.height))
+            stored = file.read(window=file_window(window))
         return (stored[:-1], stored[-1]) if dtype == "int8" else (stored, None)
 
     return EmbeddingStore(

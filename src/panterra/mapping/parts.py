@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +47,14 @@ class IncompleteError(InputError):
 class Parts:
     """Finished tiles in `<out>.parts`, each a file that appears whole; killed at any moment, the job can go on.
 
-    `job` is all that the bytes of the output depend on. Parts of another job are never mixed in. Tiles are read and
-    held by one thread and saved by another.
+    `job` is all that the bytes of the output, and of a file `beside` it, depend on. Parts of another job are never
+    mixed in, and one process at a time makes an output. Tiles are read and held by one thread and saved by another.
 
     Tiles that failed are tried again when the job is opened again, and so are the neighbours that were blended without
     them: then the bytes are those of a job without failures.
     """
 
-    def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool, beside: Path | None = None) -> None:
         self.out = out
         self.folder = out.with_name(f"{out.name}.parts")
         note = self.folder / "job.json"
@@ -65,13 +67,16 @@ class Parts:
                 "or start afresh with overwrite"
             )
         if before != wanted:
-            if out.exists() and not overwrite:
-                raise InputError(f"{out} exists; choose another name, or replace it with overwrite")
+            there = [path for path in (out, beside) if path is not None and path.exists()]
+            if there and not overwrite:
+                raise InputError(f"{there[0]} exists; choose another name, or replace it with overwrite")
             if out.is_dir() and not (out / "zarr.json").is_file():
                 raise InputError(f"{out} is a folder with other things, which is not replaced; choose another name")
-            shutil.rmtree(self.folder, ignore_errors=True)
         with self.guard():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            if before != wanted:
+                self._empty()
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
             self._write("job.json", json.dumps(wanted, indent=1, sort_keys=True))
@@ -101,6 +106,32 @@ class Parts:
         self._again |= {tile.name, *(f"{tile.row + down:05d}_{tile.col + right:05d}" for down, right in near)}
         note = {"failed": self.failed, "again": sorted(self._again)}
         self._write("failed.json", json.dumps(note, indent=1))
+
+    def _claim(self) -> None:
+        """Refuse what another process is making; two would take each other's unfinished files away."""
+        if os.name == "nt":
+            self._disclaim: Callable[[], Any] = lambda: None
+            return
+        import fcntl
+
+        claim = os.open(self.folder / "claimed", os.O_RDWR | os.O_CREAT, 0o666)
+        self._disclaim = weakref.finalize(self, os.close, claim)
+        try:
+            fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._disclaim()
+            raise InputError(f"another process is making {self.out}; wait for it, or choose another name") from None
+        except OSError:  # a file system without locks
+            self._disclaim()
+
+    def _empty(self) -> None:
+        """Take away what another job left; what is without a job, if killed on the way, is never gone on with."""
+        (self.folder / "job.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "claimed":
+                path.unlink()
 
     def _try_again(self) -> None:
         """Take tiles that failed, and those blended without them, for unfinished."""
@@ -155,8 +186,10 @@ class Parts:
         self._finished.clear()
 
     def remove(self) -> None:
-        """Remove the folder, when the output is complete."""
+        """Remove the folder, when the output is complete; first what would let a job go on with the half of it."""
+        (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+        self._disclaim()
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

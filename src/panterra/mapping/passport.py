@@ -89,6 +89,16 @@ def write_passport(
     return item
 
 
+def passport_of(out: Path) -> Path:
+    """Return where the passport of an output lies."""
+    return out.with_name(f"{out.name}.json")
+
+
+def data_asset(path: Path, media_type: str = pystac.MediaType.COG, /, **fields: Any) -> pystac.Asset:
+    """Describe an output, a GeoTIFF unless said otherwise, by some fields."""
+    return pystac.Asset(str(path.absolute()), media_type=media_type, roles=["data"], extra_fields=fields)
+
+
 def _class(stated: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a class whose name may be any text: the extension allows no blanks in names, but any text as title."""
     name = re.sub(r"[^0-9A-Za-z_-]+", "-", stated["name"]).strip("-") or str(stated["value"])

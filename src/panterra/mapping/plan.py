@@ -5,64 +5,36 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from odc.geo.geobox import GeoBox
-from rasterio.enums import ColorInterp, Resampling
-from rasterio.errors import RasterioError
-from rasterio.vrt import WarpedVRT
 
-from panterra.energy import EnergyReport
 from panterra.energy.grid import local_grid
-from panterra.energy.impact import Figure, Impact, exactly, impact, impact_of, local_site
+from panterra.energy.impact import Figure, Impact, exactly, impact, local_site
 from panterra.energy.ledger import Note, read_ledger
 from panterra.energy.meter import peak_memory_gb
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe
 from panterra.finetune.model import FineTuned
-from panterra.imagery.items import MASKS, SceneItem
-from panterra.imagery.raster import REMOTE, Bools, crs_for_rasterio
+from panterra.imagery.items import SceneItem
 from panterra.imagery.stac import Scene, modality_grid, open_scene
 from panterra.imagery.wish import Plan as Wanted
 from panterra.mapping.areas import Area, read_area
-from panterra.mapping.effort import Speed, device_of, joined, known_speed, model_of, spread
+from panterra.mapping.clear import Clear, clear_observations, stated_clear
+from panterra.mapping.effort import Speed, device_of, known_speed, model_of
 from panterra.mapping.embeddings import Dtype
-from panterra.mapping.plan_area import scene_of, stated_clear, try_pixels
-from panterra.mapping.run import as_probe, check_fit, common_grid, embed, encoding_for, one_grid
+from panterra.mapping.probing import as_probe, check_fit, encoding_for
 from panterra.mapping.sinks import map_nodata
 from panterra.mapping.sources import Encoding
 from panterra.mapping.tiles import Window
+from panterra.mapping.trials import measure_speed, try_pixels
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder
-
-CLEAR_PX = 256
-"""The longer side of the grid on which clear observations are counted."""
-READERS = 8
-SHARES = (0.5, 0.25, 0.5, 0.75)
-"""Where a few windows are tried, by the share of tiles before them."""
-PATIENCE_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clear:
-    """How often the ground was seen without cloud, shadow or gaps."""
-
-    mean: float
-    least: float | None = None
-    """Nine in ten pixels have as many or more; None where only providers' figures for whole images are known."""
-    never: float | None = None
-    """The share of pixels that have none."""
-    pixel_m: float | None = None
-    """Of the grid on which it was counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +150,7 @@ def plan_map(
     grid, area = local_grid(country), read_area(aoi) if aoi is not None else None
     wanted: Wanted | None = None
     if isinstance(scene, Wanted):
-        wanted, scene = scene, scene_of(scene)
+        wanted, scene = scene, _scene_of(scene)
         area = wanted.area.geometry if area is None and box is None else area
     if probe is None:
         if model is None:
@@ -188,11 +160,12 @@ def plan_map(
         work = Encoding.plan(
             scene,
             encoder,
-            box=one_grid(box, crs) or common_grid(scene, encoder, modalities, crs=crs, area=area),
+            box=box,
+            crs=crs,
             area=area,
-            patch_m=patch_m or 40,
+            patch_m=patch_m if patch_m is not None else 40,
             modalities=modalities,
-            window_px=window_px or 64,
+            window_px=window_px if window_px is not None else 64,
             overlap_px=overlap_px if overlap_px is not None else 16,
             tile_px=tile_px,
             batch_windows=batch_windows,
@@ -205,7 +178,7 @@ def plan_map(
             probe,
             scene,
             model=model,
-            box=one_grid(box, crs),
+            box=box,
             crs=crs,
             area=area,
             patch_m=patch_m,
@@ -253,7 +226,20 @@ def plan_map(
     )
 
 
-# What is there --------------------------------------------------------------------------------------------------------
+def _scene_of(found: Wanted) -> Scene:
+    """Describe the scene that would be fetched: its dates and grids, without files."""
+    return Scene(
+        items=tuple(
+            SceneItem(
+                id=image.id,
+                modality=image.modality,
+                date=image.date,
+                assets=(),
+                grid=image.area.grid(image.modality),
+            )
+            for image in found.images
+        )
+    )
 
 
 def _imagery(work: Encoding, name: str, wanted: Wanted | None) -> Imagery:
@@ -271,62 +257,6 @@ def _imagery(work: Encoding, name: str, wanted: Wanted | None) -> Imagery:
         dates=tuple(date.isoformat() for date in work.scene.dates(name)),
         clear=clear if MODALITIES[name].kind == "series" else None,
     )
-
-
-def clear_observations(scene: Scene, modality: str, box: GeoBox) -> Clear:
-    """Count on how many dates each place was seen, by masks and nodata values, on a grid of `CLEAR_PX` at most.
-
-    Reads one band and the mask of every item, from overviews where the files have them.
-    """
-    scale = max(1, -(-max(box.shape) // CLEAR_PX))
-    coarse = box.zoom_out(scale) if scale > 1 else box
-    items = [item for item in scene.items if item.modality == modality]
-    with ThreadPoolExecutor(READERS) as pool:
-        seen = list(pool.map(lambda item: _seen(scene, item, coarse), items))
-    dates = sorted({item.date for item in items})
-    counts = np.zeros(coarse.shape, int)
-    for date in dates:
-        counts += np.any([one for item, one in zip(items, seen, strict=True) if item.date == date], axis=0)
-    return Clear(
-        mean=float(counts.mean()),
-        least=float(np.quantile(counts, 0.1, method="lower")),
-        never=float((counts == 0).mean()),
-        pixel_m=float(abs(coarse.affine.a)),
-    )
-
-
-def _seen(scene: Scene, item: SceneItem, grid: GeoBox) -> Bools:
-    asset = item.assets[0]
-    band = asset.bands[0]
-    values, inside = _nearest(asset.href, band.index, grid)
-    seen: Bools = inside & np.isfinite(values)
-    if band.nodata is not None:
-        seen &= values != band.nodata
-    if item.mask is not None and scene.apply_masks:
-        codes, known = _nearest(item.mask[0], 1, grid)
-        seen &= MASKS[item.mask[1]](codes.astype(np.float32)) & known
-    return seen
-
-
-def _nearest(href: str, band: int, grid: GeoBox) -> tuple[np.ndarray, Bools]:
-    """Read the nearest pixels of a band, and where the file has data; GDAL takes the overview that suffices."""
-    try:
-        with rasterio.Env(**(REMOTE if "://" in href else {})), rasterio.open(href) as file:
-            placed = {"src_crs": file.gcps[1]} if file.crs is None and file.gcps[0] else {}
-            masked = file.nodata is not None or ColorInterp.alpha in file.colorinterp
-            with WarpedVRT(
-                file,
-                crs=crs_for_rasterio(grid.crs),
-                transform=grid.affine,
-                height=grid.shape[0],
-                width=grid.shape[1],
-                resampling=Resampling.nearest,
-                add_alpha=not masked,
-                **placed,
-            ) as seen:
-                return seen.read(band), seen.read_masks(band) > 0
-    except RasterioError as error:
-        raise InputError(f"cannot read {href}: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,83 +320,6 @@ def _peak_memory_gb(work: Encoding, load: _Load) -> float:
     cells = work.lattice.rows.tile * work.lattice.cols.tile
     pixels = (work.workers + 2) * load.largest * (4 + 1 / 4)
     return peak_memory_gb() + (pixels + 3 * 4 * cells * work.dim) / 1e9
-
-
-# How fast it goes -----------------------------------------------------------------------------------------------------
-
-
-def measure_speed(work: Encoding, *, country: str | None = None, note: Note | None = None) -> Speed:
-    """Embed a few windows at some places of the area, as a run would, and say what a window took.
-
-    The first place is for warming up; it counts alone where it took longer than `PATIENCE_S`.
-    """
-    if note:
-        note(f"measuring: a few windows go through {work.encoder.name}, at {len(SHARES) - 1} places of the area")
-    tried: list[EnergyReport] = []
-    with tempfile.TemporaryDirectory(prefix="panterra-plan-") as folder:
-        for number, block in enumerate(_places(work)):
-            store = embed(
-                work.scene,
-                work.encoder,
-                Path(folder) / f"block{number}.zarr",
-                box=work.box[block.scaled(work.patch_px).slices],
-                patch_m=work.patch_m,
-                modalities=work.modalities,
-                window_px=work.about["window_px"],
-                overlap_px=work.about["overlap_px"],
-                batch_windows=work.batch_windows,
-                workers=work.workers,
-                country=country,
-            )
-            height, width = store.box.shape
-            if np.isfinite(store.read(Window(row=0, col=0, height=height, width=width))).any():
-                told = json.loads(store.passport.read_text(encoding="utf-8"))["properties"]
-                tried.append(EnergyReport.of(told["panterra:energy"]))
-                if tried[-1].seconds > PATIENCE_S:
-                    break
-    if not tried:
-        raise InputError(
-            "nothing can be measured: the area has no data in its middle; embed a part that has some first"
-        )
-    runs = tried[1:] or tried
-    windows = math.prod(_block_windows(work))
-    return Speed(
-        seconds=spread([run.seconds / windows for run in runs]),
-        kwh=joined([impact_of(run).kwh * (1 / windows) for run in runs]),
-        method=runs[0].method,
-        runs=len(runs),
-        source=f"{windows} windows at each of {len(runs)} places, measured now",
-        core_seconds=statistics.median(run.core_seconds for run in runs) / windows,
-        peak_memory_gb=max(run.peak_memory_gb for run in runs),
-    )
-
-
-def _block_windows(work: Encoding) -> tuple[int, int]:
-    """Return how many windows, down and across, are tried at a place: a batch, where the area has as many."""
-    down = min(math.isqrt(work.batch_windows), work.lattice.rows.num_windows)
-    return down, min(work.batch_windows // down, work.lattice.cols.num_windows)
-
-
-def _places(work: Encoding) -> list[Window]:
-    """Place batches of windows where there may be something to map, in patches."""
-    tiles = [(tile.row, tile.col) for tile in work.tiles() if work.cost(tile)]
-    if not tiles:
-        raise InputError("nothing can be measured, as no image shows the area; wanted an area that meets the scene")
-    rows, cols = work.lattice.rows, work.lattice.cols
-    height, width = (
-        min(axis.window + (number - 1) * axis.stride, axis.size)
-        for axis, number in zip((rows, cols), _block_windows(work), strict=True)
-    )
-    places = []
-    for share in SHARES:
-        windows = work.coverage.windows(work.lattice.tile(*tiles[int(share * (len(tiles) - 1))]))
-        middle = windows[len(windows) // 2]
-        row, col = min(middle.row, rows.size - height), min(middle.col, cols.size - width)
-        places.append(Window(row=row, col=col, height=height, width=width))
-    return places
-
-
-# What it costs --------------------------------------------------------------------------------------------------------
 
 
 def read_prices(path: Path) -> Prices:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import pystac
 import rasterio
-from rasterio.windows import Window as FileWindow
 
 from panterra.errors import InputError
 from panterra.evaluate.probes import Probe
@@ -28,11 +27,15 @@ from panterra.mapping.embeddings import (
     cog_bands,
     cog_tags,
     create_zarr,
+    file_window,
+    is_tif,
     write_zarr,
 )
 from panterra.mapping.parts import Parts
+from panterra.mapping.passport import data_asset
 from panterra.mapping.seams import KEYS, tile_seams
-from panterra.mapping.sources import Encoding, Stored
+from panterra.mapping.sources import Encoding
+from panterra.mapping.stored import Stored
 from panterra.mapping.tiles import Borders, Tile
 
 
@@ -98,7 +101,7 @@ class Cogs:
 
     def _write(self, tile: Tile, pixels: Mapping[str, np.ndarray]) -> None:
         for name, writer in self._writers.items():
-            writer.write(_file_window(tile), pixels[name])
+            writer.write(file_window(tile.core), pixels[name])
 
     def _check(self, name: str, path: Path) -> None:
         """Compare a file with the tiles: GDAL does not always say when a disk is full."""
@@ -106,13 +109,9 @@ class Cogs:
             for tile in (tile for tile in self.tiles() if tile.name not in self.parts.failed):
                 written = self.parts.load(tile)[name]
                 if not np.array_equal(
-                    file.read(window=_file_window(tile)), written.reshape(-1, *written.shape[-2:]), True
+                    file.read(window=file_window(tile.core)), written.reshape(-1, *written.shape[-2:]), True
                 ):
                     raise OSError(f"{path.name} does not hold what was written, as happens on a full disk")
-
-
-def _file_window(tile: Tile) -> FileWindow:
-    return FileWindow(tile.core.col, tile.core.row, tile.core.width, tile.core.height)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,11 +212,6 @@ def embedding_sink(work: Encoding, out: Path, dtype: Dtype, parts: Parts) -> Sin
     )
 
 
-def is_tif(path: str | Path) -> bool:
-    """Tell whether a name is that of a GeoTIFF."""
-    return Path(path).suffix.lower() in (".tif", ".tiff")
-
-
 def map_sink(probe: Probe | FineTuned, work: Encoding | Stored, out: Path, beside: Path | None, parts: Parts) -> Cogs:
     """Write predictions into `out` and probabilities into `beside`."""
     nodata, dtype = map_nodata(probe)
@@ -277,9 +271,4 @@ def map_asset(probe: Probe | FineTuned, out: Path) -> pystac.Asset:
         for c in probe.classes
     ]
     fields = {"classification:classes": classes} if classes else {}
-    return tif_asset(out, data_type=dtype, nodata="nan" if math.isnan(nodata) else nodata, **fields)
-
-
-def tif_asset(path: Path, **fields: Any) -> pystac.Asset:
-    """Describe a GeoTIFF by some fields."""
-    return pystac.Asset(str(path.absolute()), media_type=pystac.MediaType.COG, roles=["data"], extra_fields=fields)
+    return data_asset(out, data_type=dtype, nodata="nan" if math.isnan(nodata) else nodata, **fields)

@@ -1,4 +1,4 @@
-"""The features of a map's tiles: made from a scene, or read where they are stored."""
+"""The features of a map's tiles, made from a scene."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import functools
 import hashlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import rasterio.warp
 import torch
 from affine import Affine
 from odc.geo.geobox import GeoBox
-from rasterio.errors import RasterioError
 
 from panterra.errors import InputError
 from panterra.imagery.raster import crs_for_rasterio
 from panterra.imagery.stac import Scene, pixel_metres
-from panterra.mapping.areas import Area, Coverage
+from panterra.mapping.areas import Area, Coverage, common_grid
 from panterra.mapping.blend import Canvas, window_weight
-from panterra.mapping.embeddings import EmbeddingStore
 from panterra.mapping.parts import Failure, Parts
 from panterra.mapping.passport import software
-from panterra.mapping.tiles import Borders, Lattice, Tile, Window, blocks
+from panterra.mapping.reading import ahead, attempt, attempts
+from panterra.mapping.tiles import Borders, Lattice, Tile, Window
 from panterra.modalities import MODALITIES
 from panterra.models import weights
 from panterra.models.features import Encoder
@@ -41,55 +38,11 @@ TILE_BYTES = 512 * 2**20
 TILE_PX = 512
 """The largest tile, where `tile_px` is not given: little is read twice, and progress is saved often."""
 
-WAITS_S = (0.5, 2.0)
-"""How long to wait before a tile that failed is tried again, each time; in between a host may come back."""
-
 Canvases = Callable[[Iterable[Tile], Callable[[int], None]], Iterator[tuple[Tile, Canvas | Failure]]]
 """Paints tiles, in order, and calls back with the steps that are done."""
 
 Pixels = tuple[Window, Batch, tuple[Window, ...]]
 """What the windows of a tile that are to be encoded cover together, what is seen there, and these windows."""
-
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-
-def ahead(
-    function: Callable[[In], Out], items: Iterable[In], workers: int, *, most: int | None = None
-) -> Iterator[tuple[In, Out]]:
-    """Apply a function to items in threads, in order, at most `most` (default: `workers`) ahead of who asks."""
-    with ThreadPoolExecutor(workers, "panterra-tile") as pool:
-        waiting: deque[tuple[In, Future[Out]]] = deque()
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > (most or workers):
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            while waiting:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        finally:
-            for _, result in waiting:
-                result.cancel()
-
-
-def _attempt(read: Callable[[], Out]) -> Out | Failure:
-    """Read, and say why where that is not possible."""
-    try:
-        return read()
-    except (InputError, OSError, RasterioError) as error:
-        return Failure(reason=f"cannot be read: {error}")
-
-
-def _attempts(read: Callable[[], Out]) -> Out | Failure:
-    """Read, several times where that is not possible."""
-    for wait in WAITS_S:
-        result = _attempt(read)
-        if not isinstance(result, Failure):
-            return result
-        time.sleep(wait)
-    return _attempt(read)
 
 
 @functools.cache
@@ -139,16 +92,19 @@ class Encoding:
         tile_px: int | None,
         batch_windows: int,
         workers: int,
+        crs: str | None = None,
         area: Area | None = None,
     ) -> Encoding:
         """Check what was asked for, and lay the lattice over the box; see `embed` for the arguments."""
+        if box is not None and crs is not None:
+            raise InputError("a box has its own CRS; leave out crs, or give an aoi instead of the box")
         names = _modalities(scene, encoder, modalities)
-        box = box if box is not None else scene.geobox()
+        box = box if box is not None else common_grid(scene, encoder, names, crs=crs, area=area)
         pixel_m = pixel_metres(box)
         a = box.affine
         if a.b or a.d or a.a <= 0 or a.e >= 0 or not math.isclose(a.a, -a.e, rel_tol=1e-9):
             raise InputError(f"the box has the transform {tuple(a)[:6]}; wanted square pixels, north up")
-        patch_px = round(patch_m / pixel_m)
+        patch_px = round(patch_m / pixel_m) if math.isfinite(patch_m) else 0
         if patch_px < 1 or not math.isclose(patch_px * pixel_m, patch_m, rel_tol=1e-6):
             raise InputError(f"patches of {patch_m:g} m are not a whole number of {pixel_m:g} m pixels; change either")
         for name, value in (("window_px", window_px), ("overlap_px", overlap_px)):
@@ -157,6 +113,8 @@ class Encoding:
                 raise InputError(f"{name} is {value}, not a whole number of patches of {patch_px} px; give {near}")
         if batch_windows < 1 or workers < 1:
             raise InputError(f"batch_windows is {batch_windows} and workers {workers}; both must be 1 or more")
+        if tile_px is not None and tile_px < 1:
+            raise InputError(f"tile_px is {tile_px}; give 1 or more, or leave it out")
         height, width = (-(-int(n) // patch_px) for n in box.shape)
         box = GeoBox((height * patch_px, width * patch_px), a, box.crs)
         tile_px = tile_px if tile_px is not None else _tile_px(scene, names, encoder.dim / patch_px**2, workers)
@@ -281,7 +239,7 @@ class Encoding:
     def _canvases(
         self, tiles: Iterable[Tile], advance: Callable[[int], None]
     ) -> Iterator[tuple[Tile, Canvas | Failure]]:
-        for tile, pixels in ahead(lambda tile: _attempts(lambda: self._read(tile)), tiles, self.workers):
+        for tile, pixels in ahead(lambda tile: attempts(lambda: self._read(tile)), tiles, self.workers):
             if isinstance(pixels, Failure):
                 advance(self.cost(tile))
                 yield tile, pixels
@@ -290,7 +248,7 @@ class Encoding:
 
     def canvas(self, tile: Tile) -> Canvas | Failure:
         """Paint one tile; what is wrong with it is told, not raised."""
-        pixels = _attempt(lambda: self._read(tile))
+        pixels = attempt(lambda: self._read(tile))
         return pixels if isinstance(pixels, Failure) else self._painted(tile, pixels, lambda steps: None)
 
     def _painted(self, tile: Tile, pixels: Pixels | None, advance: Callable[[int], None]) -> Canvas | Failure:
@@ -420,78 +378,3 @@ def _scene_fingerprint(scene: Scene, modalities: Sequence[str]) -> str:
                     stat = Path(href).stat()
                     digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """Features that `embed` stored."""
-
-    store: EmbeddingStore
-    workers: int
-    encoder_seconds: float = 0.0
-
-    @property
-    def grid(self) -> GeoBox:
-        return self.store.box
-
-    @property
-    def dim(self) -> int:
-        return self.store.dim
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        return self.store.about
-
-    @property
-    def job(self) -> dict[str, Any]:
-        files = sorted(f for f in self.store.path.rglob("*") if f.is_file()) or [self.store.path]
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        digest = hashlib.sha256(repr(stats).encode()).hexdigest()
-        return {"embeddings": str(self.store.path.absolute()), "files": digest, "software": software()}
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        return {
-            "panterra:inputs": [{"id": self.store.path.name, "files": [str(self.store.path.absolute())]}],
-            "panterra:model": self.about.get("model"),
-            "panterra:options": {k: self.about.get(k) for k in ("patch_m", "window_px", "overlap_px", "modalities")},
-        }
-
-    @property
-    def dates(self) -> list[dt.date]:
-        return [dt.date.fromisoformat(date) for date in self.about.get("dates", ())]
-
-    @property
-    def licence(self) -> str | None:
-        return self.about.get("licence")
-
-    def tiles(self) -> Iterator[Tile]:
-        height, width = self.grid.shape
-        return blocks(height, width, rows=self.store.block[0], cols=self.store.block[1])
-
-    def cost(self, tile: Tile) -> int:
-        return 1
-
-    @property
-    def area_km2(self) -> float:
-        return math.prod(self.grid.shape) * pixel_metres(self.grid) ** 2 / 1e6
-
-    @property
-    def borders(self) -> tuple[Borders, Borders]:
-        """Return where a stored block begins, a tile of `embed`; a part of a store may begin inside of one."""
-        store = self.store
-        rows, cols = (
-            Borders(middles=tuple(range(block - before, size, block)), lag=1)
-            for block, before, size in zip(store.block, store.offset, self.grid.shape, strict=True)
-        )
-        return rows, cols
-
-    def features(
-        self, tiles: Iterable[Tile], parts: Parts, advance: Callable[[int], None], canvases: Canvases | None = None
-    ) -> Iterator[tuple[Tile, np.ndarray | Failure]]:
-        """Read the features of tiles in order, as `Encoding.features` makes them; there is nothing to paint."""
-        for tile, features in ahead(lambda tile: _attempts(lambda: self.store.read(tile.core)), tiles, self.workers):
-            if isinstance(features, Failure):
-                parts.fail(tile, features)
-            yield tile, features
-            advance(1)

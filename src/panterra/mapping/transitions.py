@@ -8,10 +8,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pystac
 import rasterio
 from odc.geo.geobox import GeoBox
 
@@ -20,7 +18,8 @@ from panterra.errors import InputError
 from panterra.evaluate.area import BLOCK_PX, MAX_CLASSES, class_areas, ground_hectares, read_classes
 from panterra.files import unfinished
 from panterra.imagery.raster import CogWriter, Colour, grid_of, read_legend
-from panterra.mapping.passport import write_passport
+from panterra.mapping.embeddings import is_tif
+from panterra.mapping.passport import data_asset, passport_of, write_passport
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +58,7 @@ class Transitions:
 
 def is_class_map(path: Path) -> bool:
     """Tell whether a file is a GeoTIFF with one band of whole numbers."""
-    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
+    if not is_tif(path) or not path.is_file():
         return False
     with rasterio.open(path) as file:
         return bool(file.count == 1 and np.issubdtype(np.dtype(file.dtypes[0]), np.integer))
@@ -80,7 +79,7 @@ def find_transitions(
     Errors of both maps add up in it: hectares of change are to be checked against a sample, see `panterra accuracy`.
     """
     before, after, out = Path(before), Path(after), Path(out)
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if not is_tif(out):
         raise InputError(f"transitions are written as a GeoTIFF; let the name {out.name!r} end in .tif")
     box = _common_box(before, after)
     table = out.with_name(f"{out.stem}_table.csv")
@@ -110,16 +109,15 @@ def find_transitions(
     _write_table(table, rows)
     classes = [{"value": row.code, "name": labels[row.code]} for row in rows]
     assets = {
-        "transitions": _asset(
+        "transitions": data_asset(
             out,
-            pystac.MediaType.COG,
             data_type="uint8" if small else "uint16",
             nodata=NO_DATA,
             **{"classification:classes": classes},
         ),
-        "table": _asset(table, "text/csv"),
+        "table": data_asset(table, "text/csv"),
     }
-    made = Transitions(path=out, table=table, passport=out.with_name(f"{out.name}.json"), rows=rows)
+    made = Transitions(path=out, table=table, passport=passport_of(out), rows=rows)
     write_passport(
         made.passport,
         box,
@@ -206,13 +204,9 @@ def _write_table(path: Path, rows: tuple[Transition, ...]) -> None:
 
 def _dates(path: Path) -> list[dt.date]:
     """Return the first and the last date that the passport of a map tells."""
-    passport = path.with_name(f"{path.name}.json")
+    passport = passport_of(path)
     if not passport.is_file():
         return []
     told = json.loads(passport.read_text(encoding="utf-8"))["properties"]
     moments = [told.get("start_datetime"), told.get("end_datetime")]
     return [dt.datetime.fromisoformat(moment).date() for moment in moments if moment]
-
-
-def _asset(path: Path, media_type: str, **fields: Any) -> pystac.Asset:
-    return pystac.Asset(str(path.absolute()), media_type=media_type, roles=["data"], extra_fields=fields)
