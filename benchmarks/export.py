@@ -40,7 +40,10 @@ from panterra.sample import Batch, Observation, collate, to_days
 
 MODELS = {"olmoearth-v1.2-nano": 64, "olmoearth-v1.2-tiny": 64, "anysat-tiny": 64, "anysat-base": 16}
 """The side of the windows that each is shown, in pixels; the base size is for its speed alone."""
-VARIANTS = ("torch:float32", "torch:bfloat16", "onnx:float32", "onnx:int8", "openvino:float32", "openvino:bfloat16")
+VARIANTS = (
+    *("torch:float32", "torch:bfloat16", "onnx:float32", "onnx:int8"),
+    *("openvino:float32", "openvino:bfloat16", "openvino:int8"),
+)
 MODALITY, PATCH_M, BATCH = "sentinel2_l2a", 40.0, 2
 DATES = ("2023-04-28", "2023-06-09", "2023-07-22", "2023-09-14")
 L1C = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")

@@ -1,6 +1,8 @@
 """Sensors that a person declares."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ from affine import Affine
 
 import panterra
 from panterra import MODALITIES
+from panterra.commands.export import standardised
 from panterra.errors import InputError
 from panterra.imagery.declared import declare_modalities, declare_modality
 from panterra.imagery.doctor import examine
 from panterra.imagery.files import scene_from_files
 from panterra.imagery.stac import open_scene
 from panterra.mapping import run
+from panterra.mapping.embeddings import open_embeddings
+from panterra.mapping.export import export
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.anysat_new_sensor import add_modality
 from panterra.models.anysat_sensors import SENSORS
@@ -128,7 +133,9 @@ def test_toml_and_json_declare_the_same(tmp_path):
     assert declare_modalities(tmp_path / "b.json") == (kite,)
 
 
-def test_files_of_a_declared_sensor_go_the_whole_way(tmp_path):
+@pytest.fixture
+def kite(tmp_path):
+    """A scene of a declared camera and a saved model that knows it: their folder, and the pixels."""
     (tmp_path / "sensors.toml").write_text(DRONE)
     declare_modalities(tmp_path / "sensors.toml")
     pixels = np.random.default_rng(0).integers(20, 230, (4, 160, 160)).astype(np.uint8)
@@ -143,20 +150,58 @@ def test_files_of_a_declared_sensor_go_the_whole_way(tmp_path):
     )
     assert made.scene.modalities == ("kite",)
     assert not [finding for finding in examine(made.scene) if finding.level == "error"]
-
     model = a_model()
     sensor = add_modality(model, "kite")
     assert (sensor.name, sensor.kernel, sensor.cell_m) == ("kite", 4, 2.0)
-    folder = save_model(model, tmp_path / "model")
+    save_model(model, tmp_path / "model")
+    return tmp_path, pixels
+
+
+def test_files_of_a_declared_sensor_go_the_whole_way(kite):
+    folder, pixels = kite
     MODALITIES.pop("kite")  # as in a program that starts afresh: the file and the model declare the same
-    assert "kite" in load_model(folder).modalities
-    declare_modalities(tmp_path / "sensors.toml")
+    assert "kite" in load_model(folder / "model").modalities
+    declare_modalities(folder / "sensors.toml")
     store = run.embed(
-        open_scene(tmp_path / "scene"), str(folder), tmp_path / "e.zarr", patch_m=10, window_px=8, overlap_px=0
+        open_scene(folder / "scene"), str(folder / "model"), folder / "e.zarr", patch_m=10, window_px=8, overlap_px=0
     )
     assert np.isfinite(store.read()).all()
     mean = store.about["model"]["statistics"]["kite"]["mean"]
     np.testing.assert_allclose(mean, pixels.mean((1, 2)), rtol=1e-3)
+
+
+def test_workers_know_a_declared_sensor(kite):
+    folder, _ = kite
+    scene, options = open_scene(folder / "scene"), {"patch_m": 10, "window_px": 4, "overlap_px": 0, "tile_px": 4}
+    ways = {"alone": {}, "threads": {"workers": 2}, "processes": {"on": "processes:2"}}
+    found = {
+        way: run.embed(scene, str(folder / "model"), folder / f"{way}.zarr", **options, **how).read()
+        for way, how in ways.items()
+    }
+    np.testing.assert_array_equal(found["threads"], found["alone"])
+    np.testing.assert_array_equal(found["processes"], found["alone"])
+
+
+def test_an_export_brings_its_declared_sensor_along(kite, tmp_path):
+    """In a program of its own, which never declared it, and in the workers of that."""
+    folder, _ = kite
+    model = standardised(load_model(folder / "model"), ["kite"], str(folder / "scene"))
+    export(model, tmp_path / "exported", engine="torch", modalities=["kite"], dates=1, window_px=4, patch_m=10)
+    script = f"""
+from panterra import embed, open_scene
+from panterra.models.weights import load_model
+if __name__ == "__main__":
+    model = load_model({str(tmp_path / "exported")!r})
+    scene = open_scene({str(folder / "scene")!r})
+    for on in ("local", "processes:2"):
+        out = {str(tmp_path)!r} + "/" + on.partition(":")[0] + ".zarr"
+        embed(scene, model, out, patch_m=10, window_px=4, overlap_px=0, tile_px=4, on=on)
+"""
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True, capture_output=True)
+    local, elsewhere = (open_embeddings(tmp_path / f"{on}.zarr").read() for on in ("local", "processes"))
+    assert np.isfinite(local).any()
+    np.testing.assert_array_equal(local, elsewhere)
 
 
 def test_the_descending_orbit_is_a_sensor_of_its_own():

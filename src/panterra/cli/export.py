@@ -33,6 +33,10 @@ def export(
         str | None,
         Parameter(help="For models without statistics of their own (AnySat): a scene to fit them to, or a probe."),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        Parameter(help="For openvino in int8: a scene whose windows the ranges are fitted to; default: the planet."),
+    ] = None,
     random: RandomSeed = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -52,6 +56,7 @@ def export(
         dtype=dtype,
         batch=batch,
         statistics=statistics,
+        calibration=calibration,
         random=random,
         overwrite=overwrite,
         note=note,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from panterra.errors import InputError
 from panterra.evaluate.probes import load_probe
 from panterra.imagery.stac import open_scene
+from panterra.mapping.areas import common_grid
 from panterra.mapping.export import export as export_encoder
-from panterra.mapping.run import common_grid, in_blocks
+from panterra.mapping.export_int8 import CALIBRATION, Calibration
+from panterra.mapping.standards import in_blocks
 from panterra.models.exported import Engine, Exported, Precision
 from panterra.models.features import Fitted
 from panterra.models.weights import Model, load_model
+from panterra.sample import Batch, Observation
 
 
 def export(
@@ -29,6 +35,7 @@ def export(
     dtype: Precision,
     batch: str = "dynamic",
     statistics: str | None = None,
+    calibration: str | None = None,
     random: int | None = None,
     overwrite: bool = False,
     note: Callable[[str], None] | None = None,
@@ -51,10 +58,42 @@ def export(
         patch_m=patch_m,
         dtype=dtype,
         batch=None if batch == "dynamic" else int(batch),
+        calibration=None if calibration is None else scene_windows(calibration, modalities, dates, window_px),
         overwrite=overwrite,
         note=note,
     )
     return {**asdict(exported.signature), **exported.about}, asdict(equality)
+
+
+def scene_windows(source: str, modalities: Sequence[str], dates: int, window_px: int) -> Calibration:
+    """Cut windows out of a scene, spread over it, with as many of its dates as an export takes, spread over time."""
+    scene = open_scene(source)
+    if not (names := [name for name in modalities if name in scene.modalities]):
+        raise InputError(f"{source} has none of {', '.join(modalities)} to fit ranges to; give another scene")
+    box = scene.geobox(10.0)
+    height, width = box.shape
+    if min(height, width) < window_px:
+        raise InputError(f"{source} has {height} x {width} pixels, and windows have {window_px}; give a larger scene")
+    places = [(y, x) for y in _spread(height, window_px) for x in _spread(width, window_px)]
+
+    def read() -> Iterator[Batch]:
+        for y, x in places:
+            batch = scene.batch(box[y : y + window_px, x : x + window_px], names)
+            yield replace(batch, observations={m: _some_dates(o, dates) for m, o in batch.observations.items()})
+
+    return Calibration(source=source, batches=read())
+
+
+def _spread(size: int, window: int) -> list[int]:
+    """Place as many windows along a side as make a square of CALIBRATION, or as many as there is room for."""
+    count = min(math.isqrt(CALIBRATION), size // window)
+    return [round(i * (size - window) / max(1, count - 1)) for i in range(count)]
+
+
+def _some_dates(o: Observation, dates: int) -> Observation:
+    steps = o.dates.shape[1]
+    chosen = torch.linspace(0, steps - 1, min(steps, dates)).round().long()
+    return Observation(pixels=o.pixels[:, chosen], dates=o.dates[:, chosen], valid=o.valid[:, chosen])
 
 
 def standardised(encoder: Model, modalities: Sequence[str], source: str | None) -> Model:

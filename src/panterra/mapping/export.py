@@ -8,11 +8,10 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,9 +28,10 @@ from torch import Tensor
 import panterra
 from panterra.errors import InputError
 from panterra.mapping.export_graphs import graph_of
+from panterra.mapping.export_int8 import CALIBRATION, Calibration, quantise
 from panterra.modalities import MODALITIES
 from panterra.models.anysat import AnySat
-from panterra.models.anysat_sensors import sensor_of
+from panterra.models.anysat_sensors import Sensor, sensor_of
 from panterra.models.exported import (
     ENGINES,
     FILES,
@@ -54,8 +54,6 @@ OPSET = 18
 """Of ONNX: old enough for every engine of the last years."""
 SAMPLES = 4
 """How many samples an export is compared on: as imaged, with holes, with dates and a modality absent, without data."""
-CALIBRATION = 16
-"""How many other samples the ranges of int8 are fitted to, where they are fitted."""
 MAX_DIFFERENCE = 1e-3
 """What float32 exports may differ from the encoder by, as a share of its features' root mean square."""
 MIN_COSINE: Mapping[Precision, float] = {"float32": 0.99999, "bfloat16": 0.98, "int8": 0.95}
@@ -68,7 +66,7 @@ _NEEDS: Mapping[tuple[Engine, Precision], tuple[str, ...]] = {
     ("onnx", "int8"): ("onnx", "onnxscript", "onnxruntime"),
     ("openvino", "float32"): ("onnx", "onnxscript", "openvino"),
     ("openvino", "bfloat16"): ("onnx", "onnxscript", "openvino"),
-    ("openvino", "int8"): ("onnx", "onnxscript", "openvino", "nncf"),
+    ("openvino", "int8"): ("onnx", "onnxscript", "openvino"),
 }
 """What writing in a format and type takes; what is not listed cannot be written."""
 
@@ -105,18 +103,24 @@ def export(
     patch_m: float = 40,
     dtype: Precision = "float32",
     batch: int | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> tuple[Exported, Equality]:
     """Write an encoder, its normalisation inside, as a folder that `load_model` opens; give it and how equal it is.
 
     Inputs are windows of `window_px` pixels of 10 m with up to `dates` images of each modality, `batch` of them at a
-    time (None: any number). The file is opened again and compared with the encoder on imagery of the planet, with and
-    without missing data; nothing appears under `out` unless it is whole and equal within the tolerance of its type.
+    time (None: any number). int8 for OpenVINO fits ranges to `calibration`, by default to imagery of the planet. The
+    file is opened again and compared with the encoder on imagery of other places of the planet, with and without
+    missing data; nothing appears under `out` unless it is whole and equal within the tolerance of its type.
     Raises InputError for what cannot be exported, and for an export that is not equal.
     """
     out, tell = Path(out), note or (lambda text: None)
     _check_request(engine, dtype, out, overwrite=overwrite)
+    if calibration is not None and (engine, dtype) != ("openvino", "int8"):
+        raise InputError(
+            f"{engine} in {dtype} fits no ranges to images; leave calibration out, or write openvino in int8"
+        )
     if min(dates, window_px, batch or 1) < 1 or not modalities:
         raise InputError(
             f"{dates} dates, {window_px} px, batch {batch} and modalities {list(modalities)} came; wanted 1 or more"
@@ -151,6 +155,8 @@ def export(
         tell(f"writing {' and '.join(FILES[engine])}")
         with _quiet():
             _WRITERS[engine](model, signature, fresh / FILES[engine][0], dtype)
+            if dtype == "int8":
+                config["quantisation"] = _QUANTISERS[engine](model, signature, fresh, calibration)
         config["files"] = {name: file_checksum(fresh / name) for name in FILES[engine]}
         _save(fresh, config)
         tell("comparing it with the encoder")
@@ -233,8 +239,9 @@ def _check_request(engine: Engine, dtype: Precision, out: Path, *, overwrite: bo
         able = ", ".join(other for format, other in _NEEDS if format == engine)
         raise InputError(f"{engine} cannot be written in {dtype}; choose one of {able}, or another format")
     if absent := [name for name in _NEEDS[engine, dtype] if importlib.util.find_spec(name) is None]:
-        extra = "" if absent == ["nncf"] else "; install panterra[export]"
-        raise InputError(f"{engine} in {dtype} needs {', '.join(absent)}: pip install {' '.join(absent)}{extra}")
+        raise InputError(
+            f"{engine} in {dtype} needs {', '.join(absent)}: pip install {' '.join(absent)}; install panterra[export]"
+        )
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another name, or overwrite it (--overwrite)")
 
@@ -262,9 +269,9 @@ def _describe(model: Model, signature: Signature, engine: Engine, dtype: Precisi
         {"name": "summary", "dtype": "float32", "shape": [batch, model.dim]},
         {"name": "valid", "dtype": "bool", "shape": [batch, rows, rows]},
     ]
-    sensors = {}
+    sensors: dict[str, Sensor] = {}
     if isinstance(model, AnySat):
-        sensors = {m: s.name for m in signature.modalities if (s := sensor_of(m, model.sensors)) is not None}
+        sensors = {m: s for m in signature.modalities if (s := sensor_of(m, model.sensors)) is not None}
     packages = ("torch", *_NEEDS[engine, dtype])
     return {
         "format": FORMAT,
@@ -284,7 +291,8 @@ def _describe(model: Model, signature: Signature, engine: Engine, dtype: Precisi
         "normalized_input": model.normalized_input,
         "align_days": model.align_days if isinstance(model, OlmoEarth) else None,
         "statistics": about.get("statistics", {}),
-        "sensors": sensors,
+        "sensors": {m: sensor.name for m, sensor in sensors.items()},
+        "declared": [asdict(sensor) for sensor in sensors.values() if sensor.declared is not None],
         "versions": {"panterra": panterra.__version__, **{name: version(name) for name in packages}},
     }
 
@@ -315,10 +323,9 @@ def _write_torch(model: Model, signature: Signature, path: Path, dtype: Precisio
 
 def _write_onnx(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
     inputs = _inputs(model, signature)
-    exact = path.with_suffix(".float32") if dtype == "int8" else path
     torch.onnx.export(
         _trace(model, signature, inputs, in_steps=True),
-        f=exact,
+        f=path,
         input_names=list(inputs),
         output_names=["patches", "summary", "valid"],
         opset_version=OPSET,
@@ -326,50 +333,95 @@ def _write_onnx(model: Model, signature: Signature, path: Path, dtype: Precision
         external_data=False,
         verbose=False,
     )
-    if dtype == "int8":
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        exact_graph = onnx.load(exact)
-        exact_graph.graph.ClearField("value_info")  # shapes that the exporter's own clean-up made untrue
-        # Only products with weights: scores and means of attention stay as they are.
-        quantize_dynamic(
-            exact_graph,
-            path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
-        exact.unlink()
 
 
 def _write_openvino(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
+    beside = path.with_suffix(".onnx")
+    _write_onnx(model, signature, beside, dtype)
+    if dtype != "int8":
+        _convert(beside, path)
+
+
+def _convert(onnx: Path, path: Path) -> None:
+    """Turn an ONNX file into OpenVINO's two."""
     import openvino
 
     # The reader of ONNX files is used since the converter of models reports its use over the network.
-    beside = path.with_suffix(".onnx")
-    _write_onnx(model, signature, beside, "float32")
-    found = openvino.Core().read_model(beside)
-    beside.unlink()
-    if dtype == "int8":
-        os.environ.setdefault("NNCF_CI", "1")  # the same
-        import nncf
-
-        nncf.set_log_level(logging.ERROR)
-        seen = _inputs(model, signature, first=SAMPLES, count=CALIBRATION)
-        size = signature.batch or 1
-        parts = [
-            {name: x[i : i + size].numpy() for name, x in seen.items()} for i in range(0, CALIBRATION - size + 1, size)
-        ]
-        found = nncf.quantize(found, nncf.Dataset(parts), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(parts))
+    found = openvino.Core().read_model(onnx)
     openvino.save_model(found, path, compress_to_fp16=False)
+    del found
+    onnx.unlink()
 
 
-def _inputs(model: Model, signature: Signature, *, first: int = 0, count: int | None = None) -> dict[str, Tensor]:
+def _quantise_onnx(model: Model, signature: Signature, folder: Path, calibration: Calibration | None) -> dict[str, Any]:
+    """Put what multiplies weights into int8 as it comes: ONNX Runtime is no faster with ranges fitted beforehand."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = folder / FILES["onnx"][0]
+    exact = onnx.load(path)
+    exact.graph.ClearField("value_info")  # shapes that the exporter's own clean-up made untrue
+    # Only products with weights: scores and means of attention stay as they are.
+    quantize_dynamic(
+        exact,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    return {"weights": WEIGHTS, "inputs": "uint8, one range per tensor, that of each call"}
+
+
+def _quantise_openvino(
+    model: Model, signature: Signature, folder: Path, calibration: Calibration | None
+) -> dict[str, Any]:
+    path = folder / FILES["openvino"][0]
+    exact, whole = path.with_suffix(".onnx"), path.with_suffix(".int8.onnx")
+    windows = 0
+
+    def seen() -> Iterator[dict[str, np.ndarray]]:
+        nonlocal windows
+        for inputs, real in _looks(model, signature, calibration):
+            windows += real
+            yield {name: x.numpy() for name, x in inputs.items()}
+
+    num = quantise(exact, seen(), whole)
+    exact.unlink()
+    _convert(whole, path)
+    return {
+        "weights": WEIGHTS,
+        "inputs": "uint8, one range per tensor, from the least to the largest value seen",
+        "products": num,
+        "seen": {"source": calibration.source if calibration else "planet", "windows": windows},
+    }
+
+
+def _looks(
+    model: Model, signature: Signature, calibration: Calibration | None
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Give inputs to fit ranges to, as many at a time as the graph takes, and how many of them are no filling."""
+    size = signature.batch or 1
+    if calibration is None:
+        batches: Iterable[Batch] = (_look(signature, place) for place in range(SAMPLES, SAMPLES + CALIBRATION))
+    else:
+        batches = calibration.batches
+    days = model.align_days if isinstance(model, OlmoEarth) else None
+    prepared = (prepare(batch, signature, align_days=days, name=model.name) for batch in batches)
+    waiting: dict[str, Tensor] = {}
+    for inputs in prepared:
+        waiting = {name: torch.cat([waiting[name], x]) if waiting else x for name, x in inputs.items()}
+        while len(next(iter(waiting.values()))) >= size:
+            yield {name: x[:size] for name, x in waiting.items()}, size
+            waiting = {name: x[size:] for name, x in waiting.items()}
+    if waiting and (held := len(next(iter(waiting.values())))):
+        yield {name: x[torch.arange(size) % held] for name, x in waiting.items()}, held
+
+
+def _inputs(model: Model, signature: Signature) -> dict[str, Tensor]:
     """Image some places as the graph takes them."""
-    count = count or signature.batch or 2  # 1 would be taken for a size that never changes
-    samples = collate([_look(signature, place) for place in range(first, first + count)])
+    count = signature.batch or 2  # 1 would be taken for a size that never changes
+    samples = collate([_look(signature, place) for place in range(count)])
     days = model.align_days if isinstance(model, OlmoEarth) else None
     return prepare(samples, signature, align_days=days, name=model.name)
 
@@ -379,6 +431,11 @@ _WRITERS: Mapping[Engine, Callable[[Model, Signature, Path, Precision], None]] =
     "onnx": _write_onnx,
     "openvino": _write_openvino,
 }
+_QUANTISERS: Mapping[Engine, Callable[[Model, Signature, Path, Calibration | None], dict[str, Any]]] = {
+    "onnx": _quantise_onnx,
+    "openvino": _quantise_openvino,
+}
+WEIGHTS = "int8, one scale per output channel"
 
 
 @contextmanager

@@ -398,9 +398,7 @@ def embed_series(
     width, (b, n) = part.out_norm.num_channels // HEADS, seen.shape[:2]
     codes = encode_days(days, width, part.sensor.period).to(x.dtype)[:, None].expand(-1, n, -1, -1)
     keys = seen.flatten(0, 1)
-    lifted = torch.where(keys[..., None], part.lift(x.flatten(0, 1)), 0.0)
-    normal = part.normalise_dates(lifted, keys).unflatten(-1, (HEADS, -1))
-    dated = normal + codes.flatten(0, 1)[:, :, None]
+    dated = normalise_dates(part, part.lift(x.flatten(0, 1)), keys) + codes.flatten(0, 1)[:, :, None]
     weights = part.attend_dates(dated.flatten(2), keys)
     pooled = torch.einsum("hnt,nthm->nhm", weights, dated).flatten(1)
     tokens = normalise_groups(part.output(pooled), part.out_norm).unflatten(0, (b, n))
@@ -409,6 +407,24 @@ def embed_series(
         tokens, found = tokens[:, back], found[:, back]
     side = part.sensor.side(grid.scale) ** 2
     return tokens.unflatten(1, (-1, side)), found.unflatten(1, (-1, side))
+
+
+def normalise_dates(
+    part: SeriesProjector, x: Float[Tensor, "n t d"], keys: Bool[Tensor, "n t"]
+) -> Float[Tensor, "n t h m"]:
+    """Do what `SeriesProjector.normalise_dates` does, to `keys` alone: masks touch sums over channels, not channels."""
+    groups: Tensor = x.unflatten(-1, (HEADS, -1))
+    if (norm := part.in_norm) is None:
+        return groups
+    here, count = keys[..., None], keys.sum(1)[:, None, None] * groups.shape[-1]
+    mean = torch.where(here, groups.sum(-1), 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = groups - mean[..., None]
+    squares = torch.where(here, torch.linalg.vector_norm(centred, dim=-1).square(), 0.0).sum(1, keepdim=True)
+    # A pixel without data has no variance; 1 keeps what nobody looks at of the size of the rest, as int8 needs it.
+    variance = torch.where(count > 0, squares / count.clamp(min=1), 1.0)
+    weight, bias = (z.unflatten(0, (HEADS, -1)) for z in (norm.weight, norm.bias))
+    out: Tensor = centred * (torch.rsqrt(variance + norm.eps)[..., None] * weight) + bias
+    return out
 
 
 def embed_cells(

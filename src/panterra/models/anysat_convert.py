@@ -172,7 +172,7 @@ def anysat_from_json(saved: Mapping[str, Any], *, name: str) -> AnySat:
         raise InputError(f"the configuration is {saved.get('format')!r}, not {FORMAT!r}; update panterra")
     try:
         config = dict(saved["config"])
-        config["sensors"] = tuple(_sensor(sensor) for sensor in config["sensors"])
+        config["sensors"] = tuple(sensor_from(sensor) for sensor in config["sensors"])
         statistics = {key: Statistics(**_tuples(value)) for key, value in saved["statistics"].items()}
         with torch.random.fork_rng(devices=[]):
             model = AnySat(AnySatConfig(**config), name=name, statistics=statistics)
@@ -182,7 +182,8 @@ def anysat_from_json(saved: Mapping[str, Any], *, name: str) -> AnySat:
     return model
 
 
-def _sensor(saved: Mapping[str, Any]) -> Sensor:
+def sensor_from(saved: Mapping[str, Any]) -> Sensor:
+    """Make a sensor again from its fields as JSON gives them."""
     fields = _tuples(saved)
     if (row := fields["declared"]) is not None:
         row = {**row, "bands": tuple(Band(**band) for band in row["bands"])}

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
+from panterra.models.anysat_convert import sensor_from
+from panterra.models.anysat_sensors import declare
 from panterra.models.features import Features
 from panterra.models.slots import align
 from panterra.sample import Batch, Observation
@@ -238,16 +240,19 @@ def _open(folder: Path, config: Mapping[str, Any]) -> Exported:
             raise InputError(f"{folder / name} is absent or damaged; copy the folder or export the model again")
     if absent := [name for name in PACKAGES[config["engine"]] if importlib.util.find_spec(name) is None]:
         raise InputError(f"{folder} is run by {absent[0]}, which is not installed: pip install {absent[0]}")
+    for sensor in config.get("declared", ()):
+        declare(sensor_from(sensor))
     signature = Signature(**{**config["signature"], "modalities": tuple(config["signature"]["modalities"])})
     first = folder / next(iter(config["files"]))
     kept = ("family", "weights_sha256", "licence", "source", "statistics", "sensors", "engine", "dtype")
+    about = {key: config[key] for key in kept} | {"exported_from": config["name"], "files": config["files"]}
     return Exported(
         name=str(folder.resolve()),
         dim=config["dim"],
         signature=signature,
         align_days=config["align_days"],
         statistics=config["statistics"],
-        about={key: config[key] for key in kept} | {"exported_from": config["name"], "files": config["files"]},
+        about=about | {key: config[key] for key in ("quantisation",) if key in config},
         run=OPENERS[config["engine"]](first, config["dtype"]),
     )
 

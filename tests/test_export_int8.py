@@ -1,0 +1,130 @@
+"""Products in int8: which, with what ranges, and how near to what they were."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from panterra.commands.export import scene_windows
+from panterra.errors import InputError
+from panterra.mapping import export_int8
+from panterra.mapping.export import export, planet_samples
+from panterra.mapping.export_int8 import CALIBRATION, Calibration, input_ranges, quantise, whole_numbers
+from panterra.models.exported import open_exported
+from panterra.planet import write_planet_scene
+from test_export import SHAPE, one_date, small_olmoearth
+
+needs_engine = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxscript", "openvino")),
+    reason="onnx, onnxscript or openvino is not installed",
+)
+
+
+def test_weights_are_rounded_to_the_nearest_step_of_their_column():
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(40, 6)).astype(np.float32) * np.array([1, 10, 1e-3, 0, 5, 1], np.float32)
+    whole, scale = whole_numbers(weight)
+    assert whole.dtype == np.int8
+    assert (np.abs(whole * scale - weight) <= scale / 2 + 1e-9).all()
+    assert (np.abs(whole).max(0)[[0, 1, 2, 4, 5]] == 127).all()
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """Three products, the first of them before the only normalisation; their file and what they compute."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    draw = np.random.default_rng(1)
+    weights = {
+        "a": draw.normal(size=(64, 64)),
+        "b": draw.normal(size=(64, 96)) / 8,
+        "c": draw.normal(size=(80, 96)) / 10,
+        "bias": draw.normal(size=80),
+        "one": np.ones(64),
+    }
+    weights = {name: value.astype(np.float32) for name, value in weights.items()}
+    node = helper.make_node
+    graph = helper.make_graph(
+        [
+            node("MatMul", ["x", "a"], ["first"]),
+            node("LayerNormalization", ["first", "one"], ["normed"], axis=-1),
+            node("MatMul", ["normed", "b"], ["second"]),
+            node("Gemm", ["second", "c", "bias"], ["y"], transB=1),
+        ],
+        "layers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 80])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    path = tmp_path / "layers.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+
+    def compute(x: np.ndarray) -> dict[str, np.ndarray]:
+        first = x @ weights["a"]
+        normed = (first - first.mean(1, keepdims=True)) / np.sqrt(first.var(1, keepdims=True) + 1e-5)
+        second = normed @ weights["b"]
+        return {"normed": normed, "second": second, "y": second @ weights["c"].T + weights["bias"]}
+
+    return path, compute
+
+
+@needs_engine
+def test_products_behind_a_normalisation_are_quantised(layers, tmp_path):
+    import onnx
+    import openvino
+
+    path, compute = layers
+    x = np.random.default_rng(2).normal(size=(200, 64)).astype(np.float32)
+    seen = [{"x": x[i : i + 50]} for i in range(0, 200, 50)]
+    wanted = compute(x)
+    ranges = input_ranges(onnx.load(path), ["normed", "second"], seen, tmp_path / "watched.onnx")
+    for name, found in ranges.items():
+        np.testing.assert_allclose(found, (wanted[name].min(), wanted[name].max()), rtol=1e-4)
+    assert quantise(path, seen, tmp_path / "int8.onnx") == 2
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    kinds = {t.name: t.data_type for t in graph.initializer if t.name in ("a", "b.quantised", "c.quantised", "b", "c")}
+    assert kinds == {"a": 1, "b.quantised": 3, "c.quantised": 3}
+    y = openvino.Core().compile_model(tmp_path / "int8.onnx", "CPU")({"x": x})[0]
+    error = np.abs(y - wanted["y"]).max() / wanted["y"].std()
+    assert 1e-4 < error < 0.1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["int8.onnx", "layers.onnx"]
+
+
+@needs_engine
+@pytest.mark.slow
+def test_openvino_in_int8(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_int8, "NARROW", 16)
+    model, out = small_olmoearth(), tmp_path / "out"
+    exported, equality = export(model, out, engine="openvino", dtype="int8", **SHAPE)
+    assert equality.passed
+    assert equality.relative_difference > 1e-4, "nothing was rounded"
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.bin", "model.xml"]
+    about = json.loads((out / "config.json").read_text())["quantisation"]
+    assert about["seen"] == {"source": "planet", "windows": CALIBRATION}
+    assert about["products"] >= 4
+    assert open_exported(out).about["quantisation"] == about
+    # Of one window and a batch of two, which is filled up.
+    some = Calibration(source="here", batches=[one_date(planet_samples(exported.signature))] * 2)
+    other, _ = export(model, out, engine="openvino", dtype="int8", batch=3, calibration=some, overwrite=True, **SHAPE)
+    assert other.about["quantisation"]["seen"] == {"source": "here", "windows": 8}
+
+
+def test_a_scene_gives_windows_to_fit_to(tmp_path):
+    scene = write_planet_scene(
+        tmp_path / "scene", size_px=40, dates=("2023-04-28", "2023-05-20", "2023-07-22"), labels=5
+    )
+    found = scene_windows(str(scene), ["sentinel2_l2a", "landsat"], dates=2, window_px=16)
+    assert found.source == str(scene)
+    batches = list(found.batches)
+    assert len(batches) == 4
+    days = batches[0].observations["sentinel2_l2a"].dates
+    assert all(b.observations["sentinel2_l2a"].pixels.shape == (1, 2, 12, 16, 16) for b in batches)
+    assert torch.equal(days[0, 1] - days[0, 0], torch.tensor(85))
+    with pytest.raises(InputError, match="has 40 x 40 pixels, and windows have 64"):
+        scene_windows(str(scene), ["sentinel2_l2a"], dates=2, window_px=64)
+    with pytest.raises(InputError, match="has none of landsat"):
+        scene_windows(str(scene), ["landsat"], dates=2, window_px=16)
+    with pytest.raises(InputError, match="fits no ranges to images"):
+        export(small_olmoearth(), tmp_path / "out", engine="torch", calibration=found, **SHAPE)
