@@ -35,8 +35,9 @@ from panterra.evaluate.probes import Kind, ProbeClass, fit_probe
 from panterra.evaluate.scoring import sums_of
 from panterra.finetune.augment import Augmentation
 from panterra.finetune.examples import Examples, deal
+from panterra.finetune.heads import HeadKind
 from panterra.finetune.model import FineTuned
-from panterra.finetune.run import Result, finetune
+from panterra.finetune.run import Result, Settings, finetune
 from panterra.finetune.step import Tuning
 from panterra.finetune.tasks import task_of
 from panterra.models.anysat import AnySat
@@ -269,17 +270,9 @@ def tune(name: str, material: Material, family: str, dealt: Split, encoder: Enco
         augmentation=Augmentation(turns=dense, drop_dates=0.0 if material.two_dates else 0.1),
         seed=dealt.seed,
     )
-    return finetune(
-        made,
-        encoder,
-        out,
-        head="conv" if dense else "linear",
-        hidden=64,
-        skip=dense,
-        patch_m=material.tune_m,
-        tuning=tuning,
-        overwrite=True,
-    )
+    head: HeadKind = "conv" if dense else "linear"
+    settings = Settings(head=head, hidden=64, skip=dense, patch_m=material.tune_m, tuning=tuning, overwrite=True)
+    return finetune(made, encoder, out, settings)
 
 
 def answer(model: FineTuned, material: Material, view: View, index: np.ndarray) -> np.ndarray:

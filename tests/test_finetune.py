@@ -1,5 +1,7 @@
 """Losses, heads, LoRA and what is trained how fast."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -414,6 +416,12 @@ def test_rates_and_decay_go_to_the_right_parameters():
         ({"method": "half"}, "full, head, lora or projector"),
         ({"epochs": 0}, "1 or more"),
         ({"layer_decay": 0.0}, "layer_decay"),
+        ({"lr": -1.0}, "lr is -1 and encoder_lr 0.0001; wanted a finite lr above 0"),
+        ({"lr": 0.0}, "lr above 0"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"encoder_lr": -1e-4}, "encoder_lr of 0 or more"),
+        ({"encoder_lr": math.nan}, "encoder_lr nan"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, said):

@@ -9,7 +9,7 @@ import torch
 
 from panterra.errors import InputError
 from panterra.finetune.arrays import examples_from_arrays
-from panterra.finetune.run import finetune
+from panterra.finetune.run import Settings, finetune
 from panterra.finetune.step import Tuning
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 from panterra.sample import to_days
@@ -135,7 +135,7 @@ def test_arrays_are_learned(tmp_path):
     pixels[:, :, :, :, 4:] += 6000
     examples = examples_from_arrays({"sentinel2_l2a": pixels}, targets, parts=PARTS, name="halves", licence="CC0")
     tuning = Tuning(method="head", epochs=6, batch_size=4, lr=3e-2, loss="dice")
-    result = finetune(examples, encoder, tmp_path / "model", patch_m=40, tuning=tuning)
+    result = finetune(examples, encoder, tmp_path / "model", Settings(patch_m=40, tuning=tuning))
     assert result.test.metrics["accuracy"].estimate > 0.9
     assert result.model.summary["tuning"]["loss"] == "dice"
     card = (tmp_path / "model" / "card.md").read_text()
@@ -143,6 +143,6 @@ def test_arrays_are_learned(tmp_path):
     assert "CC0" in card
     scenes = examples_from_arrays({"sentinel2_l2a": pixels}, codes(classes=2), parts=PARTS)
     with pytest.raises(InputError, match="the Dice loss is of a class per cell, not of classification"):
-        finetune(scenes, encoder, tmp_path / "scenes", patch_m=40, tuning=tuning)
+        finetune(scenes, encoder, tmp_path / "scenes", Settings(patch_m=40, tuning=tuning))
     with pytest.raises(InputError, match="loss is 'hinge'"):
         replace(tuning, loss="hinge")

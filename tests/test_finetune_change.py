@@ -18,7 +18,7 @@ from panterra.finetune.examples import examples_from_scenes
 from panterra.finetune.heads import HeadConfig
 from panterra.finetune.model import Base, FineTuned, Setup, at_periods, load_finetuned
 from panterra.finetune.pairs import Periods, compare, pair_up
-from panterra.finetune.run import finetune
+from panterra.finetune.run import Settings, finetune
 from panterra.finetune.step import Tuning
 from panterra.imagery.items import SceneAsset, SceneBand, SceneItem
 from panterra.imagery.raster import grid_of
@@ -187,7 +187,7 @@ QUICK = Tuning(epochs=3, head_first=0, batch_size=4, lr=1e-2, method="head")
 
 def test_planted_change_is_found_and_mapped(planted, tmp_path):
     options = {"head": "conv", "hidden": 32, "skip": True}
-    result = finetune(found(planted, cell_px=2), tiny_encoder(), tmp_path / "m", tuning=QUICK, **options)
+    result = finetune(found(planted, cell_px=2), tiny_encoder(), tmp_path / "m", Settings(tuning=QUICK, **options))
     built = result.test.intervals["built"]["f1"]
     assert built.estimate > 0.8
     assert built.low <= built.estimate <= built.high
@@ -214,7 +214,7 @@ def test_planted_change_is_found_and_mapped(planted, tmp_path):
 def test_other_heads_compare_too(planted, tmp_path, task, column, head, options, method):
     examples = found(planted, task=task, column=column, window_px=8 if task == "classification" else 16)
     tuning = replace(QUICK, epochs=1, method=method, batch_size=16)
-    result = finetune(examples, tiny_encoder(), tmp_path / "m", head=head, tuning=tuning, **options)
+    result = finetune(examples, tiny_encoder(), tmp_path / "m", Settings(head=head, tuning=tuning, **options))
     again = load_finetuned(tmp_path / "m")
     assert again.setup.head.dim == 96
     assert again.setup.periods == YEARS
@@ -287,6 +287,8 @@ def spectral_baseline(examples):
 def test_real_change_is_found_better_than_by_a_threshold(data_dir, tmp_path):
     examples = oscd(data_dir)
     tuning = replace(QUICK, epochs=6, batch_size=8, lr=3e-3)
-    result = finetune(examples, tiny_encoder(), tmp_path / "m", head="conv", hidden=64, skip=True, tuning=tuning)
+    result = finetune(
+        examples, tiny_encoder(), tmp_path / "m", Settings(head="conv", hidden=64, skip=True, tuning=tuning)
+    )
     change = result.test.intervals["2"]
     assert change["f1"].estimate > spectral_baseline(examples)["f1"].estimate

@@ -12,6 +12,7 @@ import rasterio
 import shapely
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from panterra.cli.finetune import finetune as command
 from panterra.data.labelled import LabelledSample
@@ -29,9 +30,10 @@ from panterra.finetune.boxes import (
     suppress,
     turn_boxes,
 )
+from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.model import load_finetuned
 from panterra.finetune.objects import objects_from_scenes
-from panterra.finetune.run import finetune
+from panterra.finetune.run import Settings, finetune
 from panterra.finetune.score import report, score
 from panterra.finetune.step import Tuning
 from panterra.imagery.items import SceneAsset, SceneBand, SceneItem
@@ -40,6 +42,7 @@ from panterra.imagery.stac import Scene, open_scene
 from panterra.mapping import run
 from panterra.modalities import MODALITIES
 from panterra.models.anysat import AnySat, AnySatConfig
+from panterra.models.features import Features
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 from panterra.planet import write_planet_scene
 from panterra.sample import Batch, Observation
@@ -318,6 +321,10 @@ def test_points_have_a_size_and_areas_a_limit(harbour, tmp_path):
     found = objects_from_scenes([open_scene(harbour)], tmp_path / "points.gpkg", size_m=50, window_px=32, block_m=320)
     rows = torch.cat([found[i].target[0] for i in range(len(found))])
     torch.testing.assert_close(rows[rows[:, 0] >= 0][:, 3:], torch.full((90, 2), 50 / 320))
+    points.dissolve().to_file(tmp_path / "together.gpkg")
+    assert set(gpd.read_file(tmp_path / "together.gpkg").geom_type) == {"MultiPoint"}
+    again = objects_from_scenes([open_scene(harbour)], tmp_path / "together.gpkg", size_m=50, window_px=32, block_m=320)
+    assert again.about["labels"] == 90
     left, top = open_scene(harbour).geobox().affine @ (0, 0)
     area = gpd.GeoDataFrame(geometry=[shapely.box(left, top - 1300, left + 960, top)], crs=frame.crs)
     area.to_crs(4326).to_file(tmp_path / "area.geojson")
@@ -326,13 +333,64 @@ def test_points_have_a_size_and_areas_a_limit(harbour, tmp_path):
         known(harbour, cell_m=15)
 
 
+def test_windows_with_objects_of_other_dates_are_left_out(harbour, tmp_path):
+    whole, frame = known(harbour), gpd.read_file(harbour / "ships.gpkg")
+    frame["start_time"], frame["end_time"] = "2023-06-01", "2023-06-30"
+    frame.loc[:0, ["start_time", "end_time"]] = ["2019-06-01", "2019-06-30"]
+    frame.to_file(tmp_path / "timed.gpkg")
+    options = {"window_px": 32, "block_m": 320, "cell_m": 10}
+    found = objects_from_scenes([open_scene(harbour)], tmp_path / "timed.gpkg", **options)
+    assert found.about["other_dates"] == 1
+    assert len(found) == len(whole) - 1
+    assert 80 < found.about["labels"] < 90
+    frame.assign(start_time="2019-06-01", end_time="2019-06-30").to_file(tmp_path / "old.gpkg")
+    with pytest.raises(InputError, match="all 90 labels are of other dates"):
+        objects_from_scenes([open_scene(harbour)], tmp_path / "old.gpkg", **options)
+
+
+def crowns(count=2, cells=40):
+    """Flat discs of 3 to 8 cells side by side, as pixels [B, 1, 40, 40] and boxes [B, 16, 5]."""
+    rng = np.random.default_rng(0)
+    pixels, target = torch.zeros(count, 1, cells, cells), torch.zeros(count, 16, 5)
+    y, x = np.mgrid[:cells, :cells] + 0.5
+    for b in range(count):
+        for n, (row, col) in enumerate(np.ndindex(4, 4)):
+            size = rng.uniform(3, 8)
+            cx, cy = (10 * k + 5 + rng.uniform(-1, 1) for k in (col, row))
+            disc = np.hypot(x - cx, y - cy) < size / 2
+            pixels[b, 0] = torch.maximum(pixels[b, 0], torch.from_numpy(disc).float())
+            target[b, n, 1:] = torch.tensor([cx, cy, size, size]) / cells
+    return pixels, target
+
+
+def test_a_decoder_that_sees_beyond_an_object_finds_what_it_was_shown():
+    pixels, target = crowns()
+    valid = torch.ones(len(pixels), 4, 4, dtype=torch.bool)
+    blank = Features(patches=torch.zeros(*valid.shape, 8), summary=torch.zeros(len(pixels), 8), valid=valid, patch_m=10)
+    found = {}
+    for convolutions in (1, 2):
+        torch.manual_seed(0)
+        config = {"kind": "conv", "dense": True, "dim": 8, "outputs": 1 + SHAPE, "side": 10, "hidden": 32}
+        head = build_head(HeadConfig(**config, skip_bands=1, convolutions=convolutions))
+        optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2)
+        for _ in range(80):
+            scores = first_guess(head(blank, pixels), 5.0)
+            loss = detection_loss(scores, target)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimiser.step()
+        found[convolutions] = precision.ap50(list(precision.match_windows(scores.detach(), target)))[0]
+    assert found[2] > 0.9 > found[1]
+
+
 QUICK = Tuning(epochs=10, head_first=0, batch_size=4, patience=10, lr=1e-2, encoder_lr=1e-3, method="head")
 
 
 def test_ships_are_found(harbour, tmp_path):
     examples = known(harbour)
     options = {"head": "conv", "skip": True, "hidden": 32}
-    result = finetune(examples, tiny_encoder(), tmp_path / "m", tuning=QUICK, **options)
+    result = finetune(examples, tiny_encoder(), tmp_path / "m", Settings(tuning=QUICK, **options))
     assert result.test.metrics["ap50"].estimate > 0.6
     assert result.test.metrics["f1"].estimate > 0.6
     assert result.test.classes["ship"]["support"] == result.test.num_targets
@@ -345,7 +403,12 @@ def test_ships_are_found(harbour, tmp_path):
     with pytest.raises(InputError, match="panterra detect"):
         run.map(open_scene(harbour), tmp_path / "m", tmp_path / "map.tif")
     with pytest.raises(InputError, match="without class weights"):
-        finetune(examples, tiny_encoder(), tmp_path / "n", tuning=replace(QUICK, class_weights="balanced"), **options)
+        finetune(
+            examples,
+            tiny_encoder(),
+            tmp_path / "n",
+            Settings(tuning=replace(QUICK, class_weights="balanced"), **options),
+        )
 
 
 def test_the_command_learns_objects(harbour, tmp_path, capsys):
@@ -408,6 +471,6 @@ def test_real_trees_are_found_better_than_by_colour(data_dir, tmp_path):
     encoder = AnySat(AnySatConfig(dim=96, depth=1, heads=4), name="anysat-tiny").eval().requires_grad_(False)
     tuning = replace(QUICK, epochs=60, patience=30, lr=6e-3)
     options = {"head": "conv", "skip": True, "hidden": 64, "patch_m": 10}
-    result = finetune(examples, encoder, tmp_path / "m", tuning=tuning, **options)
+    result = finetune(examples, encoder, tmp_path / "m", Settings(tuning=tuning, **options))
     assert result.model.setup.output_m == 1
     assert result.test.metrics["ap50"].estimate > max(green_peaks(examples, size) for size in (3, 4, 5, 6))

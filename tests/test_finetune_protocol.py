@@ -1,5 +1,6 @@
 """Fine-tuning as the papers do it: schedules, heads and what is averaged, against plain torch."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from panterra.errors import InputError
-from panterra.evaluate.anysat_protocol import merge_crops
+from panterra.evaluate import metrics
+from panterra.evaluate.anysat_protocol import merge_crops, validation_scores
 from panterra.evaluate.scoring import FIGURES, sums_of
 from panterra.finetune.arrays import examples_from_arrays
 from panterra.finetune.augment import NONE
 from panterra.finetune.heads import HeadConfig, build_head
-from panterra.finetune.run import fit
+from panterra.finetune.run import Settings, fit
 from panterra.finetune.step import Plateau, Tuning
+from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.features import Features
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 from panterra.sample import collate
@@ -126,7 +129,9 @@ PUBLISHED = Tuning(
 
 def test_training_is_the_plain_loop(tmp_path):
     examples = arrays()
-    model, state = fit(examples, encoder(), tmp_path / "fit", head="plain", patch_m=40, tuning=PUBLISHED, device="cpu")
+    model, state = fit(
+        examples, encoder(), tmp_path / "fit", Settings(head="plain", patch_m=40, tuning=PUBLISHED, device="cpu")
+    )
     # The same, written down.
     theirs, ours = encoder().train(), nn.Linear(32, 3)
     torch.manual_seed(PUBLISHED.seed)
@@ -166,6 +171,48 @@ def test_training_is_the_plain_loop(tmp_path):
         torch.testing.assert_close(p, kept[name], rtol=1e-4, atol=1e-6)
 
 
+def test_as_published_the_figure_that_decides_is_of_all_epochs(tmp_path):
+    # Rates that never fall leave the epochs of a shorter run as they are in a longer one.
+    steady = Plateau(factor=0.2, patience=9)
+    tuning = replace(PUBLISHED, batch_size=3, schedule=steady, lr=0.3, encoder_lr=0.03, as_published=True)
+    totals, states = [np.zeros((3, 3), np.int64)], []
+    for epochs in (1, 2, 3, 4):
+        settings = Settings(head="plain", tuning=replace(tuning, epochs=epochs, patience=9), device="cpu")
+        _, state = fit(arrays(), encoder(), tmp_path / str(epochs), settings)
+        totals.append(np.array(state.mixed))
+        states.append(state)
+    looks = np.diff(totals, axis=0)
+    # Of four samples in batches of three the last is left out.
+    assert looks.sum((1, 2)).tolist() == [3, 3, 3, 3]
+    lines = [json.loads(line) for line in (tmp_path / "4" / "log.jsonl").read_text().splitlines()]
+    told = [line["val/macro_f1"] for line in lines if "val/macro_f1" in line]
+    assert told == pytest.approx(validation_scores(looks, metrics.macro_f1))
+    mixed = validation_scores(looks, metrics.macro_f1, published=True)
+    assert mixed != told
+    assert [state.best for state in states] == pytest.approx(np.maximum.accumulate(mixed))
+    assert states[-1].best_epoch == 1 + int(np.argmax(mixed))
+
+
+def test_as_published_what_stands_for_masked_pixels_learns(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(1000, 300, (12, 2, 12, 4, 4))
+    seen = rng.random((12, 2, 4, 4)) > 0.3
+    shown = examples_from_arrays(
+        {"sentinel2_l2a": pixels},
+        np.arange(12) % 2,
+        dates={"sentinel2_l2a": ["2023-06-01", "2023-08-01"]},
+        valid={"sentinel2_l2a": seen},
+        parts=["train"] * 6 + ["val"] * 3 + ["test"] * 3,
+    )
+    for published in (False, True):
+        torch.manual_seed(0)
+        given = AnySat(AnySatConfig(dim=32, depth=1, heads=2), name="any", missing="published")
+        tuning = replace(PUBLISHED, epochs=1, head_first=0, method="projector", as_published=published)
+        model, _ = fit(shown, given, tmp_path / str(published), Settings(patch_m=20, tuning=tuning, device="cpu"))
+        pads = {name: float(p.detach()) for name, p in model.encoder.named_parameters() if name.endswith(".pad")}
+        assert {name for name, value in pads.items() if value} == ({"projectors.s2.pad"} if published else set())
+
+
 def test_parts_of_a_batch_make_the_same_step(tmp_path):
 
     tuning = replace(PUBLISHED, epochs=2, batch_size=10, clip_norm=None)
@@ -175,10 +222,7 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
             arrays(),
             encoder(),
             tmp_path / str(parts),
-            head="plain",
-            patch_m=40,
-            tuning=replace(tuning, accumulate=parts),
-            device="cpu",
+            Settings(head="plain", patch_m=40, tuning=replace(tuning, accumulate=parts), device="cpu"),
         )
         found.append(model.head.layers.weight)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
@@ -188,7 +232,7 @@ def test_batch_norm_remembers_over_a_stop(tmp_path):
 
     tuning = replace(PUBLISHED, epochs=3, drop_last=True, schedule="epoch_cosine")
     call = {"head": "batch_mlp", "patch_m": 40, "tuning": tuning, "device": "cpu"}
-    whole, _ = fit(arrays(), encoder(), tmp_path / "whole", **call)
+    whole, _ = fit(arrays(), encoder(), tmp_path / "whole", Settings(**call))
     seen = []
 
     def stop(done, total, rate):
@@ -197,8 +241,8 @@ def test_batch_norm_remembers_over_a_stop(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(arrays(), encoder(), tmp_path / "stopped", **call, progress=stop)
-    again, _ = fit(arrays(), encoder(), tmp_path / "stopped", **call)
+        fit(arrays(), encoder(), tmp_path / "stopped", Settings(**call), progress=stop)
+    again, _ = fit(arrays(), encoder(), tmp_path / "stopped", Settings(**call))
     # Ten samples in batches of four make two steps, the rest is left out.
     assert seen[-1] == (5, 6)
     for name, value in whole.head.state_dict().items():

@@ -1,6 +1,7 @@
 """From labels on a scene to a model folder, undisturbed or not."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -10,13 +11,13 @@ import pytest
 import shapely
 import torch
 
-from miniatures import sen1floods11
+from miniatures import sen1floods11, sickle
 from panterra.cli.finetune import finetune as command
 from panterra.errors import InputError
 from panterra.finetune.augment import NONE
 from panterra.finetune.examples import deal, examples_from_dataset, examples_from_scenes
 from panterra.finetune.model import load_finetuned
-from panterra.finetune.run import finetune
+from panterra.finetune.run import Settings, finetune
 from panterra.finetune.score import report, score
 from panterra.finetune.step import Tuning
 from panterra.finetune.tasks import task_of
@@ -143,6 +144,16 @@ def test_multilabel_windows_have_the_labels_of_their_cells(scene, labels):
         assert several[i].target.tolist() == [wanted]
 
 
+def test_whole_numbers_are_values_where_the_task_is_about_values(scene, labels, tmp_path):
+    path = tmp_path / "storeys.gpkg"
+    gpd.read_file(labels).assign(storeys=lambda frame: np.arange(len(frame)) % 4).to_file(path)
+    assert examples(scene, path, column="storeys").task.name == "segmentation"
+    counted = examples(scene, path, column="storeys", task="regression")
+    known = torch.cat([counted[i].target.flatten() for i in range(len(counted))])
+    assert (known.nan_to_num(0).min(), known.nan_to_num(0).max()) == (0, 3)
+    assert counted.classes == ()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_every_class_is_learned(seed):
     rng = np.random.default_rng(seed)
@@ -159,7 +170,7 @@ def test_every_class_is_learned(seed):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"task": "regression"}, "labels hold classes"),
+        ({"task": "regression"}, "holds text"),
         ({"block_m": 1e5}, "three"),
         ({"window_px": 15}, "whole number of cells"),
         ({"task": "counting"}, "no task"),
@@ -179,7 +190,7 @@ def test_a_model_learns_more_than_the_commonest_class_and_is_what_it_says(scene,
     found, encoder = examples(scene, labels), tiny_encoder()
     before = weights(encoder)
     tuning = replace(QUICK, epochs=15, patience=15, head_first=0, encoder_lr=3e-3, layer_decay=1.0)
-    result = finetune(found, encoder, tmp_path / "model", tuning=tuning)
+    result = finetune(found, encoder, tmp_path / "model", Settings(tuning=tuning))
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     assert not any(p.requires_grad for p in encoder.parameters())
     accuracy = result.test.metrics["accuracy"]
@@ -225,7 +236,7 @@ class KilledError(RuntimeError):
 )
 def test_a_killed_run_ends_with_the_same_numbers(scene, labels, tmp_path, tuning):
     found = examples(scene, labels)
-    undisturbed = finetune(found, tiny_encoder(), tmp_path / "a", tuning=tuning)
+    undisturbed = finetune(found, tiny_encoder(), tmp_path / "a", Settings(tuning=tuning))
 
     def kill_at(last):
         def progress(step, total, rate):
@@ -237,8 +248,8 @@ def test_a_killed_run_ends_with_the_same_numbers(scene, labels, tmp_path, tuning
     steps = -(-len(found.of("train")) // 4)
     for last in (steps + 2, 2 * steps + 1):
         with pytest.raises(KilledError):
-            finetune(found, tiny_encoder(), tmp_path / "b", tuning=tuning, progress=kill_at(last))
-    resumed = finetune(found, tiny_encoder(), tmp_path / "b", tuning=tuning)
+            finetune(found, tiny_encoder(), tmp_path / "b", Settings(tuning=tuning), progress=kill_at(last))
+    resumed = finetune(found, tiny_encoder(), tmp_path / "b", Settings(tuning=tuning))
     one, other = weights(undisturbed.model), weights(resumed.model)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert repr(resumed.test) == repr(undisturbed.test)  # NaN is not itself
@@ -252,28 +263,34 @@ def test_a_run_of_other_settings_is_not_gone_on_with(scene, labels, tmp_path):
         raise KilledError
 
     with pytest.raises(KilledError):
-        finetune(found, tiny_encoder(), tmp_path / "m", tuning=QUICK, progress=stop)
+        finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=QUICK), progress=stop)
+    note = tmp_path / "m.training" / "run.json"
+    job = json.loads(note.read_text())
+    del job["tuning"]["as_published"]  # as before there was such a setting
+    note.write_text(json.dumps(job))
+    with pytest.raises(KilledError):
+        finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=QUICK), progress=stop)
     with pytest.raises(InputError, match="another tuning"):
-        finetune(found, tiny_encoder(), tmp_path / "m", tuning=replace(QUICK, seed=1))
+        finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=replace(QUICK, seed=1)))
 
 
 def test_a_model_is_not_overwritten_unasked(scene, labels, tmp_path):
     found = examples(scene, labels)
     quick = replace(QUICK, epochs=1, augmentation=NONE)
-    finetune(found, tiny_encoder(), tmp_path / "m", tuning=quick)
+    finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=quick))
     with pytest.raises(InputError, match="overwrite"):
-        finetune(found, tiny_encoder(), tmp_path / "m", tuning=quick)
-    finetune(found, tiny_encoder(), tmp_path / "m", tuning=quick, overwrite=True)
+        finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=quick))
+    finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=quick, overwrite=True))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="no fine-tuned model"):
-        finetune(found, tiny_encoder(), tmp_path / "other", tuning=quick, overwrite=True)
+        finetune(found, tiny_encoder(), tmp_path / "other", Settings(tuning=quick, overwrite=True))
 
 
 @pytest.mark.slow
 def test_it_stops_when_nothing_gets_better(scene, labels, tmp_path):
     tuning = replace(QUICK, epochs=30, patience=2, method="head", lr=1e-9)
-    result = finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", tuning=tuning)
+    result = finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", Settings(tuning=tuning))
     assert result.epochs == result.best_epoch + 2
 
 
@@ -288,7 +305,9 @@ def test_it_stops_when_nothing_gets_better(scene, labels, tmp_path):
 )
 def test_all_tasks_run(scene, labels, tmp_path, task, column, head):
     found = examples(scene, labels, task=task, column=column)
-    result = finetune(found, tiny_encoder(), tmp_path / "m", head=head, tuning=replace(QUICK, epochs=1, batch_size=16))
+    result = finetune(
+        found, tiny_encoder(), tmp_path / "m", Settings(head=head, tuning=replace(QUICK, epochs=1, batch_size=16))
+    )
     assert set(result.test.metrics) == set(task_of(task).figures)
     assert all(np.isfinite(i.estimate) for i in result.test.metrics.values())
 
@@ -299,7 +318,7 @@ def test_anysat_keeps_the_statistics_of_its_training_data(scene, labels, tmp_pat
     encoder = AnySat(AnySatConfig(dim=96, depth=1, heads=4), name="anysat-tiny").eval().requires_grad_(False)
     found = examples(scene, labels)
     result = finetune(
-        found, encoder, tmp_path / "m", tuning=replace(QUICK, epochs=2, method="lora", precision="bfloat16")
+        found, encoder, tmp_path / "m", Settings(tuning=replace(QUICK, epochs=2, method="lora", precision="bfloat16"))
     )
     kept = load_finetuned(tmp_path / "m").encoder.statistics_of("sentinel2_l2a")
     assert not encoder.statistics_of("sentinel2_l2a")
@@ -328,6 +347,18 @@ def test_a_damaged_folder_is_named(small_model, tmp_path, damage, said):
     assert "\n" not in str(raised.value)
 
 
+def test_what_is_no_fine_tuned_model_is_told_apart(small_model, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"kind": "logistic", "task": "classes"}))
+    with pytest.raises(InputError, match=r"seems to be a probe; give a folder that panterra finetune wrote"):
+        load_finetuned(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "format": "panterra-finetuned-99"}))
+    with pytest.raises(InputError, match=r"m holds 'panterra-finetuned-99', which this version cannot read"):
+        load_finetuned(folder)
+
+
 def test_a_head_of_another_width_is_named(small_model, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(small_model, folder)
@@ -341,7 +372,7 @@ def test_a_head_of_another_width_is_named(small_model, tmp_path):
 @pytest.fixture(scope="module")
 def small_model(scene, labels, tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "m"
-    finetune(examples(scene, labels), tiny_encoder(), folder, tuning=replace(QUICK, epochs=1))
+    finetune(examples(scene, labels), tiny_encoder(), folder, Settings(tuning=replace(QUICK, epochs=1)))
     return folder
 
 
@@ -351,15 +382,17 @@ def test_a_class_weight_of_an_unknown_class_is_refused(scene, labels, tmp_path):
             examples(scene, labels),
             tiny_encoder(),
             tmp_path / "m",
-            tuning=replace(QUICK, class_weights={"blue": 2.0}),
+            Settings(tuning=replace(QUICK, class_weights={"blue": 2.0})),
         )
 
 
 def test_patches_that_do_not_fit_the_cells_are_refused(scene, labels, tmp_path):
     with pytest.raises(InputError, match="whole number of cells"):
-        finetune(examples(scene, labels, cell_px=16), tiny_encoder(), tmp_path / "m", patch_m=40, tuning=QUICK)
+        finetune(
+            examples(scene, labels, cell_px=16), tiny_encoder(), tmp_path / "m", Settings(patch_m=40, tuning=QUICK)
+        )
     with pytest.raises(InputError, match="whole number of patches"):
-        finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", patch_m=30, tuning=QUICK)
+        finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", Settings(patch_m=30, tuning=QUICK))
 
 
 def test_examples_are_read_once(scene, labels):
@@ -376,6 +409,16 @@ def test_scenes_of_one_place_share_its_blocks(scene, labels):
     assert (both.parts[:half] == both.parts[half:]).all()
 
 
+def test_without_a_test_split_that_for_validation_is_tested_on(tmp_path):
+    sickle(tmp_path)
+    with pytest.raises(InputError, match="leaves no sample for train"):
+        examples_from_dataset("sickle", tmp_path)
+    with (tmp_path / "sickle_dataset_tabular.csv").open("a") as table:
+        table.write("train,8,1\n")
+    found = examples_from_dataset("sickle", tmp_path)
+    assert [int((found.parts == part).sum()) for part in ("train", "val", "test")] == [1, 1, 2]
+
+
 def test_a_labelled_data_set_brings_its_splits(tmp_path):
     sen1floods11(tmp_path / "data", side=16)
     found = examples_from_dataset("sen1floods11", tmp_path / "data", modalities=["sentinel1"], window_px=8)
@@ -385,8 +428,11 @@ def test_a_labelled_data_set_brings_its_splits(tmp_path):
     quarters = [found[int(i)].target[0] for i in first]
     pieces = torch.cat([torch.cat(quarters[:2], dim=1), torch.cat(quarters[2:], dim=1)])
     assert torch.equal(pieces, whole[int(whole.of("train")[0])].target[0])
-    result = finetune(found, tiny_encoder(), tmp_path / "m", tuning=replace(QUICK, epochs=1))
+    result = finetune(found, tiny_encoder(), tmp_path / "m", Settings(tuning=replace(QUICK, epochs=1)))
+    # One image says nothing of others.
     assert result.test.num_blocks == 1
+    assert math.isnan(result.test.metrics["accuracy"].low)
+    assert "there are no intervals" in (tmp_path / "m" / "card.md").read_text()
     assert load_finetuned(tmp_path / "m").modalities == ("sentinel1",)
     assert "CC-BY-4.0" in (tmp_path / "m" / "card.md").read_text()
 
@@ -402,6 +448,60 @@ def test_the_command_trains_and_tells(scene, labels, tmp_path, capsys):
     assert told["model"] == str(tmp_path / "m")
     assert 0 <= told["test"]["metrics"]["accuracy"]["estimate"] <= 1
     assert load_finetuned(tmp_path / "m").setup.output_m == 40
+
+
+def dated(labels, path, old):
+    """Write labels of 2023, but for the first `old`, which are of 2019."""
+    frame = gpd.read_file(labels)
+    frame["start_time"], frame["end_time"] = "2023-01-01", "2023-12-31"
+    frame.loc[frame.index[:old], ["start_time", "end_time"]] = ["2019-01-01", "2019-12-31"]
+    frame.to_file(path)
+    return path
+
+
+def test_labels_count_on_scenes_of_their_dates_alone(scene, labels, tmp_path):
+    timed = dated(labels, tmp_path / "timed.gpkg", 40)
+    both = gpd.read_file(labels).iloc[40:]
+    both.to_file(tmp_path / "kept.gpkg")
+    found, wanted = examples(scene, timed, cell_px=1), examples(scene, tmp_path / "kept.gpkg", cell_px=1)
+    assert found.about == {**wanted.about, "other_dates": 40}
+    assert all(torch.equal(found[i].target, wanted[i].target) for i in range(len(wanted)))
+    known = examples(scene, labels, cell_px=1)
+    assert "other_dates" not in known.about
+    older = open_scene(scene)
+    older = replace(older, items=tuple(replace(i, date=i.date.replace(year=2019)) for i in older.items))
+    options = {"column": "class", "modalities": ["sentinel2_l2a"], "window_px": 16, "block_m": 160}
+    together = examples_from_scenes([open_scene(scene), older], timed, **options)
+    assert together.about["labels"] == known.about["labels"]
+    assert "other_dates" not in together.about
+    with pytest.raises(InputError, match="300 labels are of other dates than the scenes"):
+        examples(scene, dated(labels, tmp_path / "old.gpkg", 300))
+
+
+def test_the_command_counts_labels_of_other_dates(scene, labels, tmp_path, capsys):
+    timed = dated(labels, tmp_path / "timed.gpkg", 3)
+    options = {"model": "olmoearth-v1.2-nano", "random": 0, "column": "class", "labels": timed, "method": "head"}
+    sizes = {"window_px": 16, "block_m": 160, "epochs": 1, "batch_size": 16, "modalities": ["sentinel2_l2a"]}
+    command(str(scene), out=tmp_path / "m", as_json=True, **options, **sizes)
+    told = capsys.readouterr()
+    assert json.loads(told.out)["examples"]["other_dates"] == 3
+    assert "3 labels are of other dates than the imagery, and are left out" in told.err
+    assert "3 labels of other dates were left out." in (tmp_path / "m" / "card.md").read_text()
+
+
+def test_windows_of_several_labels_miss_no_small_polygon(scene, tmp_path, capsys):
+    box = open_scene(scene).geobox()
+    left, top = box.affine @ (0, 0)
+    middles = [(left + 80 * i + 40, top - 80 * j - 40) for i in range(16) for j in range(16)]
+    squares = [shapely.box(x - 12, y - 12, x + 12, y + 12) for x, y in middles]
+    kinds = ["barn", "shed", "shed"] * 85 + ["barn"]
+    gpd.GeoDataFrame({"class": kinds}, geometry=squares, crs=str(box.crs)).to_file(tmp_path / "small.gpkg")
+    options = {"model": "olmoearth-v1.2-nano", "random": 0, "labels": tmp_path / "small.gpkg", "method": "head"}
+    sizes = {"window_px": 16, "block_m": 160, "epochs": 1, "batch_size": 32, "modalities": ["sentinel2_l2a"]}
+    command(str(scene), out=tmp_path / "m", task="multilabel", as_json=True, **options, **sizes)
+    told = json.loads(capsys.readouterr().out)
+    assert sum(told["examples"]["samples"].values()) == 64
+    assert told["test"]["num_blocks"] > 5
 
 
 @pytest.mark.parametrize(

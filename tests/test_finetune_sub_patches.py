@@ -16,7 +16,7 @@ from panterra.evaluate.probes import ProbeClass
 from panterra.finetune.examples import examples_from_scenes
 from panterra.finetune.heads import HeadConfig
 from panterra.finetune.model import Base, FineTuned, Setup, load_finetuned, on_sub_patches
-from panterra.finetune.run import finetune
+from panterra.finetune.run import Settings, finetune
 from panterra.finetune.step import Tuning
 from panterra.finetune.tasks import TASKS
 from panterra.imagery.stac import open_scene
@@ -95,7 +95,7 @@ def test_the_command_makes_a_model_whose_map_is_finer_than_its_patches(scene, la
 
 def test_a_killed_run_on_sub_patches_ends_with_the_same_numbers(scene, labels, tmp_path):
     found = examples(scene, labels)
-    whole = finetune(found, an_anysat(), tmp_path / "a", tuning=QUICK, sub_patches=True)
+    whole = finetune(found, an_anysat(), tmp_path / "a", Settings(tuning=QUICK, sub_patches=True))
 
     class KilledError(RuntimeError):
         """Stands for a kill."""
@@ -105,10 +105,10 @@ def test_a_killed_run_on_sub_patches_ends_with_the_same_numbers(scene, labels, t
             raise KilledError
 
     with pytest.raises(KilledError):
-        finetune(found, an_anysat(), tmp_path / "b", tuning=QUICK, sub_patches=True, progress=kill)
+        finetune(found, an_anysat(), tmp_path / "b", Settings(tuning=QUICK, sub_patches=True), progress=kill)
     with pytest.raises(InputError, match="holds a run with another setup"):
-        finetune(found, an_anysat(), tmp_path / "b", tuning=QUICK)
-    resumed = finetune(found, an_anysat(), tmp_path / "b", tuning=QUICK, sub_patches="sentinel2_l2a")
+        finetune(found, an_anysat(), tmp_path / "b", Settings(tuning=QUICK))
+    resumed = finetune(found, an_anysat(), tmp_path / "b", Settings(tuning=QUICK, sub_patches="sentinel2_l2a"))
     one, other = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert repr(resumed.test) == repr(whole.test)
@@ -122,7 +122,7 @@ def test_what_has_no_sub_patches_is_refused_in_one_sentence(scene, labels, folde
     assert "has no sub-patch features; ask for a smaller patch_m instead" in said
     assert said.count("\n") == 1
     with pytest.raises(InputError, match="has no sub-patch features"):
-        finetune(examples(scene, labels), olmoearth, tmp_path / "m", sub_patches=True)
+        finetune(examples(scene, labels), olmoearth, tmp_path / "m", Settings(sub_patches=True))
     for more, words in (
         (("--task", "classification"), "one answer per sample, so it needs no sub-patches"),
         (("--output-m", "20"), "cells of 20 m came for the sub-patches of sentinel2_l2a of 10 m"),

@@ -193,6 +193,10 @@ def test_points_are_written_with_their_strata_and_an_empty_reference(land, tmp_p
         ({"size": 100}, "ask for 150 to 9900, or for another minimum"),
         ({"size": 20, "minimum": 0}, "class 'pond' would get fewer than 2 points"),
         ({"users_accuracy": {"lake": 0.9}}, "shows no class 'lake'; it shows forest, field, pond"),
+        (
+            {"users_accuracy": {"forest": 0.9, "pond": 9.0}},
+            "the user's accuracy of pond is 9; wanted more than 0 and less",
+        ),
         ({"users_accuracy": {"pond": 1.0}}, "wanted more than 0 and less than 1"),
         ({"standard_error": 2}, "a standard error of 2 was asked for"),
     ],

@@ -86,7 +86,11 @@ def evaluate(
         Literal["none", "balanced"], Parameter(help="balanced: rare classes count as much as common ones.")
     ] = "none",
     as_published: Annotated[
-        bool, Parameter(show_default=False, help="Fill bands as OlmoEarth's evaluation does, where it differs.")
+        bool,
+        Parameter(
+            show_default=False,
+            help="Fill bands as OlmoEarth's evaluation does, and validate as AnySat's fine-tuning does.",
+        ),
     ] = False,
     patch_m: Annotated[float | None, Parameter(help="Side of a patch in metres; four pixels if left out.")] = None,
     modalities: ModalityNames | None = None,

@@ -94,25 +94,35 @@ def finetune(
     from panterra.commands.finetune import finetune_dataset, finetune_scenes
     from panterra.commands.terminal import show_json, show_table
     from panterra.finetune.augment import NONE, Augmentation
+    from panterra.finetune.run import Settings
     from panterra.finetune.step import Tuning
 
-    tuning = Tuning(
-        method=method,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        encoder_lr=encoder_lr,
-        layer_decay=layer_decay,
-        head_first=head_first,
-        patience=patience,
-        rank=rank,
-        alpha=2.0 * rank,
-        class_weights=class_weights,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        augmentation=Augmentation() if augment else NONE,
-        precision=precision,
-        seed=seed,
+    settings = Settings(
+        head=head,
+        skip=skip,
+        patch_m=patch_m,
+        sub_patches=sub_patches,
+        tuning=Tuning(
+            method=method,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            encoder_lr=encoder_lr,
+            layer_decay=layer_decay,
+            head_first=head_first,
+            patience=patience,
+            rank=rank,
+            alpha=2.0 * rank,
+            class_weights=class_weights,
+            loss=loss,
+            label_smoothing=label_smoothing,
+            augmentation=Augmentation() if augment else NONE,
+            precision=precision,
+            seed=seed,
+        ),
+        device=device,
+        country=country,
+        overwrite=overwrite,
     )
     if (dataset is None) != (root is None):
         raise InputError("a data set needs the folder where it lies: give both --dataset and --root")
@@ -126,16 +136,9 @@ def finetune(
             model=model,
             random=random,
             modalities=modalities,
-            head=head,
-            skip=skip,
-            patch_m=patch_m,
-            sub_patches=sub_patches,
             window_px=window_px,
             limit=limit,
-            tuning=tuning,
-            device=device,
-            country=country,
-            overwrite=overwrite,
+            settings=settings,
         )
     elif not scenes or labels is None:
         raise InputError("fine-tuning needs a scene and --labels, or --dataset and --root; give either")
@@ -153,23 +156,16 @@ def finetune(
             size_m=size_m,
             area=area,
             modalities=modalities,
-            head=head,
-            skip=skip,
-            patch_m=patch_m,
-            sub_patches=sub_patches,
             output_m=output_m,
             window_px=window_px or 64,
             block_m=block_m,
-            tuning=tuning,
-            device=device,
-            country=country,
-            overwrite=overwrite,
+            settings=settings,
         )
     if as_json:
         show_json({"model": str(result.folder), **result.model.summary})
         return
     figures = result.test.metrics.items()
-    rows = [(name, f"{i.estimate:.3f}", f"{i.low:.3f} to {i.high:.3f}") for name, i in figures]
+    rows = [(n, f"{i.estimate:.3f}", f"{i.low:.3f} to {i.high:.3f}" if i.low == i.low else "-") for n, i in figures]
     show_table(["", "held out", "95 % interval"], rows)
     if result.test.classes:
         columns = ("support", "precision", "recall", "f1", "iou")

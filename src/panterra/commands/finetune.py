@@ -5,18 +5,19 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from panterra.commands.terminal import note
 from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.finetune.examples import Examples, examples_from_dataset, examples_from_scenes
-from panterra.finetune.heads import HeadKind
 from panterra.finetune.objects import objects_from_scenes
 from panterra.finetune.pairs import Periods
-from panterra.finetune.run import Result, finetune
-from panterra.finetune.step import Tuning
+from panterra.finetune.run import Result, Settings, finetune
+from panterra.finetune.tasks import kind_of, task_of
 from panterra.imagery.labels import Labels, read_labels
 from panterra.imagery.stac import open_scene, pixel_metres
-from panterra.mapping.run import common_grid
+from panterra.mapping.areas import common_grid
 from panterra.models.features import Encoder
 from panterra.models.sub_patches import divided
 from panterra.models.weights import load_model
@@ -37,25 +38,19 @@ def finetune_scenes(
     size_m: float | None,
     area: Path | None,
     modalities: Sequence[str] | None,
-    head: HeadKind,
-    skip: bool,
-    patch_m: float,
-    sub_patches: bool,
     output_m: float | None,
     window_px: int,
     block_m: float,
-    tuning: Tuning,
-    device: str,
-    country: str | None,
-    overwrite: bool,
+    settings: Settings,
 ) -> Result:
     """Fine-tune a model on labels that lie on scenes.
 
     The answer's cells are sub-patches where the head looks at these, else pixels of the common grid with the conv head
-    and patches with the others, unless `output_m`.
+    and patches with the others, unless `output_m`. Of tasks with one answer per window they are pixels.
     """
     encoder = load_model(model, random=random)
-    sides = divided(encoder).sub_patches_m(patch_m) if sub_patches else {}
+    patch_m = settings.patch_m
+    sides = divided(encoder).sub_patches_m(patch_m) if settings.sub_patches else {}
     opened = [open_scene(scene) for scene in scenes]
     absent = [name for name in modalities or () if not all(name in scene.modalities for scene in opened)]
     if absent:
@@ -63,46 +58,33 @@ def finetune_scenes(
     shown = [m for m in encoder.modalities if any(m in s.modalities for s in opened) and m in (modalities or [m])]
     boxes = [common_grid(scene, encoder, modalities) for scene in opened]
     pixel_m = pixel_metres(boxes[0])
-    if output_m is None and sub_patches:
+    if output_m is None and settings.sub_patches:
         finest = min((sides[m] for m in shown if m in sides), default=patch_m)
         # Objects alone may be looked for on cells that are finer than the common grid.
         output_m = finest if task == "detection" else max(finest, pixel_m)
-    cell_m = output_m if output_m is not None else pixel_m if head == "conv" else patch_m
+    # Where a window has one answer, cells only tell which labels it holds: small ones should not slip through.
+    fine = settings.head == "conv" or (task is not None and not task_of(task).dense)
+    cell_m = output_m if output_m is not None else pixel_m if fine else patch_m
+    known = read_labels(labels, column=column, kind=kind_of(task))
+    periods = _periods(known, before, after)
+    shared: dict[str, Any] = {
+        "boxes": boxes,
+        "modalities": shown,
+        "window_px": window_px,
+        "block_m": block_m,
+        "seed": settings.tuning.seed,
+    }
     if task == "detection":
-        known = read_labels(labels, column=column, kind="classes")
-        examples = objects_from_scenes(
-            opened,
-            known,
-            boxes=boxes,
-            size_m=size_m,
-            area=area,
-            periods=_one_pair(_periods(known, before, after)),
-            modalities=shown,
-            window_px=window_px,
-            cell_m=cell_m,
-            block_m=block_m,
-            seed=tuning.seed,
-        )
-        return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
+        pair = _one_pair(periods)
+        examples = objects_from_scenes(opened, known, size_m=size_m, area=area, periods=pair, cell_m=cell_m, **shared)
+        return _finetune(examples, encoder, out, settings)
     if size_m is not None or area is not None:
         raise InputError("a size and an area of labels are for detection; add --task detection, or leave them out")
     cell_px = round(cell_m / pixel_m)
     if cell_px < 1 or abs(cell_px * pixel_m - cell_m) > 1e-6:
         raise InputError(f"cells of {cell_m:g} m are no whole number of pixels of {pixel_m:g} m; choose another size")
-    known = read_labels(labels, column=column)
-    examples = examples_from_scenes(
-        opened,
-        known,
-        boxes=boxes,
-        task=task,
-        periods=_periods(known, before, after),
-        modalities=shown,
-        window_px=window_px,
-        cell_px=cell_px,
-        block_m=block_m,
-        seed=tuning.seed,
-    )
-    return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
+    examples = examples_from_scenes(opened, known, task=task, periods=periods, cell_px=cell_px, **shared)
+    return _finetune(examples, encoder, out, settings)
 
 
 def _periods(labels: Labels, before: str | None, after: str | None) -> Periods | list[Periods] | None:
@@ -139,16 +121,9 @@ def finetune_dataset(
     model: str,
     random: int | None,
     modalities: Sequence[str] | None,
-    head: HeadKind,
-    skip: bool,
-    patch_m: float,
-    sub_patches: bool,
     window_px: int | None,
     limit: int | None,
-    tuning: Tuning,
-    device: str,
-    country: str | None,
-    overwrite: bool,
+    settings: Settings,
 ) -> Result:
     """Fine-tune a model on a labelled data set with its own splits."""
     encoder = load_model(model, random=random)
@@ -158,37 +133,14 @@ def finetune_dataset(
         modalities=modalities or encoder.modalities,
         window_px=window_px,
         limit=limit,
-        seed=tuning.seed,
+        seed=settings.tuning.seed,
     )
-    return _finetune(examples, encoder, out, head, skip, patch_m, sub_patches, tuning, device, country, overwrite)
+    return _finetune(examples, encoder, out, settings)
 
 
-def _finetune(
-    examples: Examples,
-    encoder: Encoder,
-    out: Path,
-    head: HeadKind,
-    skip: bool,
-    patch_m: float,
-    sub_patches: bool,
-    tuning: Tuning,
-    device: str,
-    country: str | None,
-    overwrite: bool,
-) -> Result:
-    job = recorded("finetune", model=encoder.name, country=country)
+def _finetune(examples: Examples, encoder: Encoder, out: Path, settings: Settings) -> Result:
+    if others := examples.about.get("other_dates"):
+        note(f"{others} labels are of other dates than the imagery, and are left out")
+    job = recorded("finetune", model=encoder.name, country=settings.country)
     with job, progress_bar("fine-tuning") as progress:
-        return finetune(
-            examples,
-            encoder,
-            out,
-            head=head,
-            skip=skip,
-            patch_m=patch_m,
-            sub_patches=sub_patches,
-            tuning=tuning,
-            device=device,
-            country=country,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        return finetune(examples, encoder, out, settings, progress=progress)

@@ -57,7 +57,8 @@ class Plan:
     class_weights: ClassWeights = "none"
     """Of trained probes."""
     as_published: bool = False
-    """Whether bands are filled as OlmoEarth's evaluation does (`benchmark.open_benchmark`)."""
+    """Whether bands are filled as OlmoEarth's evaluation does (`benchmark.open_benchmark`), and AnySat's fine-tuning
+    validates as its code does (`tuning.TunedTrial`)."""
     patch_m: float | None = None
     """Instead of four pixels, or what divides the samples."""
     modalities: tuple[str, ...] | None = None

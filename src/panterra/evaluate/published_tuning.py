@@ -24,20 +24,14 @@ class OlmoEarthTuning:
     """None: that of the frozen evaluation."""
 
 
-_LARGE = OlmoEarthTuning(batch=2)
-
 OLMOEARTH_TUNING: Mapping[str, OlmoEarthTuning] = {
-    "m_eurosat": OlmoEarthTuning(batch=64),
-    "m_bigearthnet": OlmoEarthTuning(batch=16),
-    "m_so2sat": OlmoEarthTuning(batch=16),
-    "m_brick_kiln": OlmoEarthTuning(batch=64),
-    "m_forestnet": OlmoEarthTuning(batch=4),
+    **dict.fromkeys(("m_eurosat", "m_brick_kiln"), OlmoEarthTuning(batch=64)),
+    **dict.fromkeys(("sen1floods11", "sen1floods11_tiles"), OlmoEarthTuning(batch=32)),
+    **dict.fromkeys(("m_bigearthnet", "m_so2sat", "mados", "pastis"), OlmoEarthTuning(batch=16)),
     "m_sa_crop_type": OlmoEarthTuning(batch=8),
+    **dict.fromkeys(("m_forestnet", "gb2_fotw"), OlmoEarthTuning(batch=4)),
     "m_cashew_plant": OlmoEarthTuning(batch=4, patch_px=16),
-    "mados": OlmoEarthTuning(batch=16),
-    "sen1floods11": OlmoEarthTuning(batch=32),
-    "sen1floods11_tiles": OlmoEarthTuning(batch=32),
-    "pastis": OlmoEarthTuning(batch=16),
+    **dict.fromkeys(("gb2_biomassters", "gb2_burn_scars"), OlmoEarthTuning(batch=2, accumulate=4)),
     **dict.fromkeys(
         (
             "gb2_benv2",
@@ -49,11 +43,8 @@ OLMOEARTH_TUNING: Mapping[str, OlmoEarthTuning] = {
             "gb2_caffe",
             "gb2_kuro_siwo",
         ),
-        _LARGE,
+        OlmoEarthTuning(batch=2),
     ),
-    "gb2_biomassters": OlmoEarthTuning(batch=2, accumulate=4),
-    "gb2_burn_scars": OlmoEarthTuning(batch=2, accumulate=4),
-    "gb2_fotw": OlmoEarthTuning(batch=4),
 }
 """By data set."""
 
@@ -134,8 +125,7 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         full=AnySatRun(weight_decay=1e-4),
         scratch=_MLP,
     ),
-    "bradd_s1ts": _as_probed("bradd_s1ts"),
-    "sickle": _as_probed("sickle"),
+    **{name: _as_probed(name) for name in ("bradd_s1ts", "sickle")},
     "timesen2crop": _as_probed("timesen2crop", full=replace(_COSINE, epochs=100)),
     "hls_burn_scars": AnySatTuning(
         metric="mean_iou",

@@ -145,6 +145,9 @@ def design_sample(
     """
     strata = class_areas(path)
     given = dict(users_accuracy or {})
+    for name, share in given.items():
+        if not 0 < share < 1:
+            raise InputError(f"the user's accuracy of {name} is {share:g}; wanted more than 0 and less than 1")
     users = tuple(given.pop(s.name, given.pop(str(s.code), USERS_ACCURACY)) for s in strata)
     if given:
         raise InputError(f"{path} shows no class {next(iter(given))!r}; it shows {', '.join(s.name for s in strata)}")

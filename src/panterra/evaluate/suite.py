@@ -277,6 +277,7 @@ def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]
                 continue
             compression = "none"
             settings = tuning | ({"rates": plan.tuning_rates} if protocol == "finetune" else {})
+            settings |= {"as_published": True} if plan.as_published and protocol.startswith("anysat") else {}
         by = [source.published(v) for v in chosen if v.normalisation == "published"]
         subset = None
         if fraction < 1 and plan.subsets == "published":
@@ -386,6 +387,7 @@ def _tune(plan: Plan, source: Source, job: _Job, model: str, tuning: _Tuning, pr
         batch=plan.batch,
         loss=plan.loss or OLMOEARTH.get(benchmark.name, OlmoEarthTask()).loss,
         class_weights=plan.class_weights,
+        as_published=plan.as_published,
         device=plan.device,
     )
     tuned = tuning.tuner(trial, progress)

@@ -45,6 +45,9 @@ class TunedTrial:
     """Instead of the published numbers."""
     loss: Loss = "cross_entropy"
     class_weights: ClassWeights = "none"
+    as_published: bool = False
+    """Whether AnySat's protocols keep what its code does and nobody would: validation figures that are never reset,
+    incomplete batches that do not validate, stand-ins for masked pixels that learn."""
     device: str = "cpu"
 
 

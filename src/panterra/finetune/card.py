@@ -21,7 +21,7 @@ def write_card(model: FineTuned) -> str:
             f"{'looks for centres on' if model.task == 'boxes' else 'answers for'} cells of {setup.output_m:g} m."
             f"{_compared(model)}",
             "",
-            *_data(summary["examples"]),
+            *_data(model, summary["examples"]),
             *_figures("Held out for testing", summary["test"]),
             *_figures("Validation, which chose the epoch", summary["validation"]),
             *_training(summary),
@@ -50,25 +50,29 @@ def _compared(model: FineTuned) -> str:
     return f" It compares two periods; in training {spans}."
 
 
-def _data(about: Mapping[str, Any]) -> list[str]:
+def _data(model: FineTuned, about: Mapping[str, Any]) -> list[str]:
+    what = "objects" if model.task == "boxes" else "labelled cells" if model.setup.head.dense else "labels"
     split = (
         f"Parts are whole blocks of {about['block_m']:g} m, so that no place is both learned and tested."
         if about["block_m"]
         else "Parts are those of the data set."
     )
-    source = about.get("dataset") or f"{about.get('labels')} labelled cells in {len(about.get('scenes', ()))} scene(s)"
+    source = about.get("dataset") or f"{about.get('labels')} {what} in {len(about.get('scenes', ()))} scene(s)"
+    others = f" {about['other_dates']} labels of other dates were left out." if about.get("other_dates") else ""
     rows = [[part, about["samples"][part], about["blocks"][part]] for part in ("train", "val", "test")]
-    return ["## Data", "", f"{source}. {split}", "", *_table(["part", "samples", "blocks"], rows), ""]
+    return ["## Data", "", f"{source}. {split}{others}", "", *_table(["part", "samples", "blocks"], rows), ""]
 
 
 def _figures(title: str, part: Mapping[str, Any]) -> list[str]:
     rows = [[name, _number(i["estimate"]), _interval(i)] for name, i in part["metrics"].items()]
     cut = f" Boxes count from a score of {part['threshold']:.3g} on." if part["threshold"] is not None else ""
+    alone = part["num_blocks"] < 2
+    whence = "there are no intervals, which take several blocks" if alone else "intervals come from resampling blocks"
     lines = [
         f"## {title}",
         "",
-        f"{part['num_targets']} targets in {part['num_samples']} samples and {part['num_blocks']} blocks; intervals "
-        f"come from resampling blocks.{cut}",
+        f"{part['num_targets']} targets in {part['num_samples']} samples and {part['num_blocks']} block(s); {whence}."
+        f"{cut}",
         "",
         *_table(["figure", "estimate", "95 % interval"], rows),
         "",
@@ -115,4 +119,5 @@ def _number(value: float) -> str:
 
 
 def _interval(interval: Mapping[str, float]) -> str:
-    return f"{_number(interval['low'])} to {_number(interval['high'])}"
+    low, high = _number(interval["low"]), _number(interval["high"])
+    return low if low == high == "-" else f"{low} to {high}"

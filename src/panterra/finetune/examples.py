@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from affine import Affine
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from odc.geo.geobox import GeoBox
 
 from panterra.data.labelled import IGNORE, LabelledSample, LabelledSet, card_of
@@ -20,8 +20,8 @@ from panterra.errors import InputError
 from panterra.evaluate import splits
 from panterra.evaluate.probes import ProbeClass
 from panterra.finetune.pairs import Periods, pair_up
-from panterra.finetune.tasks import Task, task_of
-from panterra.imagery.labels import Labels, LabelSamples, distinct_colours, read_labels, sample_labels
+from panterra.finetune.tasks import Task, kind_of, task_of
+from panterra.imagery.labels import Labels, LabelSamples, distinct_colours, fits_dates, read_labels, sample_labels
 from panterra.imagery.stac import Scene, pixel_metres
 from panterra.modalities import MODALITIES
 
@@ -116,9 +116,10 @@ def examples_from_scenes(
     labels of its cells. Blocks of side `block_m` are learned or tested as a whole, three in five, one and one; the
     cells of a polygon in several parts count in the one that has most of them.
 
-    With `periods`, for all or one per label, a label says what changed between the two.
+    With `periods`, for all or one per label, a label says what changed between the two. Without, a label with dates of
+    its own counts on scenes of these dates alone.
     """
-    known = labels if isinstance(labels, Labels) else read_labels(labels, column=column)
+    known = labels if isinstance(labels, Labels) else read_labels(labels, column=column, kind=kind_of(task))
     chosen = task_of(task or ("segmentation" if known.kind == "classes" else "regression"))
     if chosen.answer == "boxes":
         raise InputError("objects are known all over a window: cut examples of detection with objects_from_scenes")
@@ -130,13 +131,17 @@ def examples_from_scenes(
     if around and known.raster is not None:
         raise InputError(f"{chosen.name} needs points or polygons, around which windows are cut; a raster came")
     grids, pixel_m = grids_of(scenes, boxes)
+    fits = fits_of(known, scenes, modalities) if periods is None else None
+    others = 0 if fits is None else int((~fits.any(axis=0)).sum())
     cut = _around if around else _windows
     chips = [
         replace(chip, periods=span, feature=chip.feature if number is None else number[chip.feature])
         for i, box in enumerate(grids)
-        for span, some, number in _by_periods(known, periods)
+        for span, some, number in (_by_periods(known, periods) if fits is None else _dated(known, fits[i]))
         for chip in cut(i, box, some, window_px, cell_px)
     ]
+    if not chips and others:
+        raise InputError(f"{others} labels are of other dates than the scenes, and no other label lies on them")
     if not chips:
         raise InputError("no label lies on the scenes; check that both show the same place")
     blocks = number_blocks([chip.box for chip in chips], block_m)
@@ -180,6 +185,7 @@ def examples_from_scenes(
         about={
             **named(scenes),
             "labels": sum(len(chip.row) for chip in chips),
+            **({"other_dates": others} if others else {}),
             **({"periods": [list(span) for span in spans]} if spans else {}),
             "seed": seed,
             "sha256": digest.hexdigest(),
@@ -210,6 +216,21 @@ def named(scenes: Sequence[Scene]) -> dict[str, Any]:
         "scenes": [sorted(item.id for item in scene.items) for scene in scenes],
         "licences": sorted({scene.licence for scene in scenes if scene.licence}),
     }
+
+
+def fits_of(labels: Labels, scenes: Sequence[Scene], modalities: Sequence[str] | None) -> Bool[np.ndarray, "s n"]:
+    """Tell of each scene which labels suit the dates of what is seen of it."""
+    seen = [[m for m in scene.modalities if modalities is None or m in modalities] for scene in scenes]
+    dates = [[day for m in own for day in scene.dates(m)] for scene, own in zip(scenes, seen, strict=True)]
+    return np.stack([fits_dates(labels, days) for days in dates])
+
+
+def _dated(labels: Labels, fits: Bool[np.ndarray, " n"]) -> Iterator[tuple[None, Labels, np.ndarray | None]]:
+    """Give the labels that suit, with their numbers among all."""
+    if fits.all():
+        yield None, labels, None
+    elif fits.any():
+        yield None, replace(labels, frame=labels.frame[fits].reset_index(drop=True)), np.flatnonzero(fits)
 
 
 def _by_periods(
@@ -400,7 +421,8 @@ def examples_from_dataset(
     """Take the splits of a labelled data set; `limit` samples at most of each, drawn once.
 
     Where a target has one number per cell, samples are cut into windows of `window_px` pixels of the common grid
-    (default: whole samples). A data set without a validation split has a fifth of its training samples set apart.
+    (default: whole samples). A data set without a test split is tested on its validation split, one without a
+    validation split has a fifth of its training samples set apart.
     """
     card = card_of(name)
     rng = np.random.default_rng(seed)
@@ -409,13 +431,18 @@ def examples_from_dataset(
         split = next((s for s in card.splits if s.startswith(prefix)), None)
         if split is not None:
             sets[part] = card.open(root, split, **options)
+    if "test" not in sets and "val" in sets:
+        sets["test"] = sets.pop("val")
     places: list[tuple[str, str, int]] = []
     for part, opened in sets.items():
         order = rng.permutation(len(opened))[: limit or len(opened)]
         shares = [part] * len(order)
         if part == "train" and "val" not in sets:
-            shares[: len(order) // 5] = ["val"] * (len(order) // 5)
+            apart = max(len(order) // 5, 1)
+            shares[:apart] = ["val"] * apart
         places += [(part, share, int(i)) for share, i in zip(shares, order, strict=True)]
+    if lost := [part for part in PARTS if part not in {share for _, share, _ in places}]:
+        raise InputError(f"{name} in {root} leaves no sample for {' and '.join(lost)}; each part needs some")
     first = next(iter(sets.values()))
     task = _task_of_set(first)
     one = first[0]

@@ -41,6 +41,8 @@ class HeadConfig:
     """Width of an mlp, and of the decoder at the patches' resolution."""
     skip_bands: int = 0
     """Bands of raw pixels that the decoder also looks at."""
+    convolutions: int = 1
+    """Of each step of the decoder."""
     smooth: bool = False
     """Whether a plain head gives one answer per patch, which is interpolated between them."""
 
@@ -176,8 +178,11 @@ class ChannelNorm(nn.Module):
         return out
 
 
-def _convolve(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), ChannelNorm(outputs), nn.GELU())
+def _convolve(inputs: int, outputs: int, times: int = 1) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (inputs, *[outputs] * (times - 1)):
+        layers += [nn.Conv2d(width, outputs, 3, padding=1), ChannelNorm(outputs), nn.GELU()]
+    return nn.Sequential(*layers)
 
 
 class Decoder(nn.Module):
@@ -194,7 +199,8 @@ class Decoder(nn.Module):
         self.enter = nn.Sequential(ChannelNorm(config.dim), nn.Conv2d(config.dim, widths[0], 1))
         self.mix = _convolve(widths[0], widths[0])
         self.steps = nn.ModuleList(
-            _convolve(before + config.skip_bands, after) for before, after in itertools.pairwise(widths)
+            _convolve(before + config.skip_bands, after, config.convolutions)
+            for before, after in itertools.pairwise(widths)
         )
         self.scores = nn.Conv2d(widths[-1], config.outputs, 1)
 

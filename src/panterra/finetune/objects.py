@@ -9,20 +9,23 @@ from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import shapely
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from odc.geo.geobox import GeoBox
 
 from panterra.data.labelled import LabelledSample
 from panterra.errors import InputError
 from panterra.finetune.boxes import NO_OBJECT
-from panterra.finetune.examples import Examples, classes_of, deal, grids_of, named, number_blocks
+from panterra.finetune.examples import Examples, classes_of, deal, fits_of, grids_of, named, number_blocks
 from panterra.finetune.pairs import Periods, pair_up
 from panterra.finetune.tasks import task_of
 from panterra.imagery.labels import Labels, read_labels
 from panterra.imagery.raster import crs_for_rasterio
 from panterra.imagery.stac import Scene, pixel_metres
+
+POINTS = ("Point", "MultiPoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +58,13 @@ def objects_from_scenes(
     An object is its polygon's bounds on the common grid, or a square of `size_m` around its point; it counts in the
     window that holds its centre. Places without a label hold no object: where that is not so, only windows inside the
     polygons of `area` are used. Centres are looked for on cells of `cell_m`, which may be finer than the pixels of the
-    common grid. Blocks and parts are as in `examples_from_scenes`.
+    common grid. Blocks and parts are as in `examples_from_scenes`, and so are labels of other dates: nobody knows
+    whether these objects are there, so windows that hold their centres are left out.
     """
     known = labels if isinstance(labels, Labels) else read_labels(labels, column=column, kind="classes")
     if known.raster is not None or known.kind != "classes":
         raise InputError("objects are points or polygons with a class; give these")
-    if size_m is None and (known.frame.geom_type == "Point").any():
+    if size_m is None and known.frame.geom_type.isin(POINTS).any():
         raise InputError("points say where objects are, but not how large; give their size, or polygons")
     grids, pixel_m = grids_of(scenes, boxes)
     cells = window_px * pixel_m / cell_m
@@ -68,7 +72,13 @@ def objects_from_scenes(
         raise InputError(
             f"windows of {window_px * pixel_m:g} m are no whole number of cells of {cell_m:g} m; change one"
         )
-    views = [view for i, box in enumerate(grids) for view in _views(i, box, known, window_px, size_m, area)]
+    fits = fits_of(known, scenes, modalities)
+    if periods is not None:
+        fits[:] = True
+    others = int((~fits.any(axis=0)).sum())
+    if others == len(known.frame):
+        raise InputError(f"all {others} labels are of other dates than the scenes; give scenes of their dates")
+    views = [view for i, box in enumerate(grids) for view in _views(i, box, known, fits[i], window_px, size_m, area)]
     if not any(len(view.rows) for view in views):
         raise InputError("no object lies on the scenes; check that both show the same place, and the area if any")
     blocks = number_blocks([view.box for view in views], block_m)
@@ -110,6 +120,7 @@ def objects_from_scenes(
         about={
             **named(scenes),
             "labels": sum(len(view.rows) for view in views),
+            **({"other_dates": others} if others else {}),
             "seed": seed,
             "sha256": digest.hexdigest(),
         },
@@ -117,11 +128,23 @@ def objects_from_scenes(
 
 
 def _views(
-    scene: int, box: GeoBox, labels: Labels, window_px: int, size_m: float | None, area: str | Path | None
+    scene: int,
+    box: GeoBox,
+    labels: Labels,
+    fits: Bool[np.ndarray, " n"],
+    window_px: int,
+    size_m: float | None,
+    area: str | Path | None,
 ) -> list[_View]:
-    """Lay windows side by side from the upper left corner, with the objects whose centres they hold."""
+    """Lay windows side by side from the upper left corner, with the objects whose centres they hold.
+
+    Windows that hold one that does not fit the dates are left out.
+    """
     crs = crs_for_rasterio(box.crs).to_wkt()
-    frame = labels.frame.to_crs(crs)
+    # Of several points in one feature each is an object.
+    scattered = labels.frame.geom_type == "MultiPoint"
+    told = labels.frame.assign(fits=fits)
+    frame = pd.concat([told[~scattered], told[scattered].explode()]).to_crs(crs)
     bounds = frame.bounds.to_numpy(copy=True)
     if size_m is not None:
         points = (frame.geom_type == "Point").to_numpy()
@@ -129,7 +152,7 @@ def _views(
     to = ~box.affine
     left, bottom = to.a * bounds[:, 0] + to.c, to.e * bounds[:, 1] + to.f
     right, top = to.a * bounds[:, 2] + to.c, to.e * bounds[:, 3] + to.f
-    kind = frame["target"].to_numpy()
+    kind, fitting = frame["target"].to_numpy(), frame["fits"].to_numpy(np.bool_)
     x, y = (left + right) / 2 / window_px, (top + bottom) / 2 / window_px
     width, height = (right - left) / window_px, (bottom - top) / window_px
     if not np.all((width > 0) & (height > 0)):
@@ -143,6 +166,8 @@ def _views(
             if known is not None and not known.contains(shapely.box(*own.boundingbox.bbox)):
                 continue
             mine = (np.floor(y) == row) & (np.floor(x) == col)
+            if not fitting[mine].all():
+                continue
             rows = np.stack([kind[mine], x[mine] - col, y[mine] - row, width[mine], height[mine]], axis=1)
             views.append(_View(scene=scene, box=own, rows=rows.astype(np.float32)))
     return views

@@ -29,7 +29,7 @@ from panterra.finetune.augment import NONE
 from panterra.finetune.examples import Examples
 from panterra.finetune.heads import HeadKind
 from panterra.finetune.model import FineTuned
-from panterra.finetune.run import State, fit
+from panterra.finetune.run import Settings, State, fit
 from panterra.finetune.score import score
 from panterra.finetune.step import Plateau, Tuning
 from panterra.finetune.tasks import Task, count_classes, task_of
@@ -182,6 +182,7 @@ def _recipes(trial: TunedTrial, view: View, row: AnySatTuning) -> list[_Recipe]:
         patience=10,
         least_epochs=50,
         drop_last=True,
+        as_published=trial.as_published,
         class_weights=weights,
     )
     head = "linear"
@@ -265,16 +266,8 @@ def _fit(trial: TunedTrial, recipe: _Recipe, shown: _Shown, progress: Any) -> tu
             rows = encoder.encode(examples[0].batch.to(trial.device), patch_m=patch_m).patches.shape[1]
         patch_m = examples.window_px * examples.pixel_m / rows
     name = key_of({"view": asdict(recipe.view), "tuning": asdict(recipe.tuning)})[:12]
-    return fit(
-        examples,
-        encoder,
-        trial.folder / name,
-        head=recipe.head,
-        patch_m=patch_m,
-        tuning=recipe.tuning,
-        device=trial.device,
-        progress=progress,
-    )
+    settings = Settings(head=recipe.head, patch_m=patch_m, tuning=recipe.tuning, device=trial.device)
+    return fit(examples, encoder, trial.folder / name, settings, progress=progress)
 
 
 def _answers(model: FineTuned, examples: Examples, tuning: Tuning) -> Answers:

@@ -46,6 +46,26 @@ from panterra.train.parallel import choose_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run puts onto an encoder, how it trains both, and where."""
+
+    head: HeadKind = "linear"
+    hidden: int = 256
+    """Width of an mlp, and of the decoder (head "conv") at the patches' resolution."""
+    skip: bool = False
+    """Whether the decoder also looks at the raw pixels of the finest modality."""
+    patch_m: float = 40
+    sub_patches: bool | str = False
+    """Whether the head looks at the encoder's sub-patches: of the modality that is named, or the finest that suits."""
+    tuning: Tuning = field(default_factory=Tuning)
+    device: str = "auto"
+    country: str | None = None
+    """Whose grid the carbon intensity is of."""
+    overwrite: bool = False
+    """Whether a model in the same place, or the state of another run, is replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What a run gave."""
 
@@ -73,6 +93,8 @@ class State:
     best_epoch: int = 0
     watched: list[float] = field(default_factory=list)
     """What the schedule waits for, epoch by epoch; higher is better."""
+    mixed: Any = 0
+    """Sums over the validation samples of all epochs, where these are never reset."""
     seconds: float = 0.0
     kwh: float = 0.0
     co2e_kg: float | None = None
@@ -100,48 +122,25 @@ def finetune(
     examples: Examples,
     encoder: Encoder | str | Path,
     out: str | Path,
+    settings: Settings | None = None,
     *,
-    head: HeadKind = "linear",
-    hidden: int = 256,
-    skip: bool = False,
-    patch_m: float = 40,
-    sub_patches: bool | str = False,
-    tuning: Tuning | None = None,
-    device: str = "auto",
-    country: str | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Train an encoder with a head on examples, keep the epoch that validates best and write it to the folder `out`.
 
-    `skip` shows the decoder (head "conv") the raw pixels of the finest modality. `sub_patches` puts the head onto the
-    encoder's sub-patches: of the modality that it names, or of the finest one that suits. While it runs, its state lies
-    in `<out>.training`: after any interruption the same call goes on from the last epoch, with the numbers of a run
-    that never stopped. Raises InputError where `out` is a model or the state is of another run, unless `overwrite`.
+    While it runs, its state lies in `<out>.training`: after any interruption the same call goes on from the last epoch,
+    with the numbers of a run that never stopped. Raises InputError where `out` is a model or the state is of another
+    run, unless `overwrite`.
     """
-    out, tuning = Path(out), tuning or Tuning()
-    check_free(out, overwrite=overwrite)
+    out, settings = Path(out), settings or Settings()
+    check_free(out, overwrite=settings.overwrite)
     encoder = load_model(encoder) if isinstance(encoder, str | Path) else encoder
     if not isinstance(encoder, Model):
         raise InputError(f"{encoder.name} is of a family that cannot be saved with its weights; fit a probe instead")
-    folder = out.with_name(f"{out.name}.training")
-    model, state = fit(
-        examples,
-        encoder,
-        folder,
-        head=head,
-        hidden=hidden,
-        skip=skip,
-        patch_m=patch_m,
-        sub_patches=sub_patches,
-        tuning=tuning,
-        device=device,
-        country=country,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    folder, tuning = out.with_name(f"{out.name}.training"), settings.tuning
+    model, state = fit(examples, encoder, folder, settings, progress=progress)
     names = tuple(c.name for c in examples.classes)
-    with measure_energy(country=country) as meter:
+    with measure_energy(country=settings.country) as meter:
         validation, test = (score(model, examples, p, batch_size=tuning.batch_size) for p in ("val", "test"))
         parts = {"val": report(examples.task, validation, names)}
         # A threshold for boxes is chosen on one part and judged on the other.
@@ -158,7 +157,7 @@ def finetune(
         "energy": {k: getattr(state, k) for k in ("kwh", "co2e_kg", "seconds", "energy")},
     }
     files = {"card.md": write_card(model), LOG_FILE: (folder / LOG_FILE).read_text(encoding="utf-8")}
-    model.save(out, files=files, overwrite=overwrite)
+    model.save(out, files=files, overwrite=settings.overwrite)
     shutil.rmtree(folder)
     return Result(
         folder=out,
@@ -177,32 +176,24 @@ def fit(
     examples: Examples,
     encoder: Encoder,
     folder: Path,
+    settings: Settings,
     *,
-    head: HeadKind,
-    hidden: int = 256,
-    skip: bool = False,
-    patch_m: float,
-    sub_patches: bool | str = False,
-    tuning: Tuning,
-    device: str = "auto",
-    country: str | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[FineTuned, State]:
     """Train a copy of an encoder with a head, as `finetune` does, and give it as it validated best.
 
     All that stays is the state in `folder`, from which the same call goes on, or ends at once.
     """
-    where = choose_device(device)
-    if sub_patches:
+    where, tuning = choose_device(settings.device), settings.tuning
+    if settings.sub_patches:
         divided(encoder)  # before anything is read
-    with measure_energy(country=country) as looking:
+    if tuning.as_published and examples.task.answer == "boxes":
+        raise InputError("AnySat's published way of training is of classes and values, not of boxes; leave it out")
+    with measure_energy(country=settings.country) as looking:
         look, seen = look_at(examples, encoder, tuning)
         encoder = deepcopy(standardised(examples, encoder, seen))
     torch.manual_seed(tuning.seed)
-    setup = _setup(examples, encoder, look, seen, head=head, hidden=hidden, skip=skip, patch_m=patch_m)
-    if sub_patches:
-        setup = on_sub_patches(setup, encoder, modality=None if sub_patches is True else sub_patches)
+    setup = _setup(examples, encoder, look, seen, settings)
     model = FineTuned(encoder, setup)
     assert isinstance(model.encoder, nn.Module)
     job = {
@@ -212,31 +203,42 @@ def fit(
         "examples": examples.about,
         "encoder": weights_checksum(model.encoder),
     }
-    _begin(folder, plain(job), overwrite=overwrite)
+    _begin(folder, plain(job), overwrite=settings.overwrite)
     show_pixels(model, look)
     trained = prepare(model, tuning)
     model.to(where)
-    options = loss_options(examples, look, tuning, where)
-    state = _train(model, trained, examples, tuning, options, look, folder, country, progress)
+    work = _Work(
+        model=model,
+        trained=trained,
+        optimiser=make_optimiser(trained, tuning),
+        examples=examples,
+        tuning=tuning,
+        look=look,
+        options=loss_options(examples, look, tuning, where),
+    )
+    state = _train(work, folder, settings.country, progress)
     _load_best(model, trained, folder)
     merge_lora(model.encoder)
     state.charge(looking.report)
     return model, state
 
 
-def _train(
-    model: FineTuned,
-    trained: Trained,
-    examples: Examples,
-    tuning: Tuning,
-    options: LossOptions,
-    look: Look,
-    folder: Path,
-    country: str | None,
-    progress: Progress | None,
-) -> State:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What every update of a run has to do with."""
+
+    model: FineTuned
+    trained: Trained
+    optimiser: torch.optim.AdamW
+    examples: Examples
+    tuning: Tuning
+    look: Look
+    options: LossOptions
+
+
+def _train(work: _Work, folder: Path, country: str | None, progress: Progress | None) -> State:
     """Go through the epochs, from the last checkpoint if there is one, until nothing gets better."""
-    optimiser = make_optimiser(trained, tuning)
+    model, trained, optimiser, examples, tuning = work.model, work.trained, work.optimiser, work.examples, work.tuning
     peaks, state = peaks_of(optimiser), State()
     weights: nn.Module = nn.ParameterList(trained.parameters.values())
     if list(model.head.buffers()):
@@ -247,8 +249,7 @@ def _train(
     samples = len(examples.of("train"))
     steps = samples // tuning.batch_size if tuning.drop_last else -(-samples // tuning.batch_size)
     steps = max(steps, 1)
-    settings = {"tuning": plain(tuning)}
-    with open_logs(("jsonl",), folder, step=state.epoch, run="finetune", settings=settings) as log:
+    with open_logs(("jsonl",), folder, step=state.epoch, run="finetune", settings={"tuning": plain(tuning)}) as log:
         while state.epoch < tuning.epochs and not _enough(state, tuning):
             with measure_energy(country=country) as meter:
                 frozen = state.epoch < tuning.frozen_epochs
@@ -265,11 +266,20 @@ def _train(
                     for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                         group["lr"] = peak * share
                     some = order[i * tuning.batch_size : (i + 1) * tuning.batch_size]
-                    losses.append(_step(model, trained, optimiser, examples, some, tuning, options, look, done, frozen))
+                    losses.append(_step(work, some, done, frozen=frozen))
                     if progress:
                         progress(done + 1, steps * tuning.epochs, len(some) / (time.perf_counter() - began))
-                checked = score(model, examples, "val", batch_size=tuning.batch_size, options=options)
-            value = deciding_figure(examples.task, checked)
+                checked = score(
+                    model,
+                    examples,
+                    "val",
+                    batch_size=tuning.batch_size,
+                    options=work.options,
+                    whole_batches=tuning.as_published,
+                )
+            if tuning.as_published:
+                state.mixed = (np.asarray(state.mixed) + checked.tallies.sum(0)).tolist()
+            value = deciding_figure(examples.task, np.array([state.mixed]) if tuning.as_published else checked.tallies)
             state.epoch += 1
             if value > state.best or state.best_epoch == 0:
                 state.best, state.best_epoch = value, state.epoch
@@ -283,19 +293,9 @@ def _train(
     return state
 
 
-def _step(
-    model: FineTuned,
-    trained: Trained,
-    optimiser: torch.optim.AdamW,
-    examples: Examples,
-    index: np.ndarray,
-    tuning: Tuning,
-    options: LossOptions,
-    look: Look,
-    step: int,
-    frozen: bool,
-) -> float:
+def _step(work: _Work, index: np.ndarray, step: int, *, frozen: bool) -> float:
     """Make one update and give its loss."""
+    model, examples, tuning = work.model, work.examples, work.tuning
     # Everything random follows from the place in the run, so nothing random needs a checkpoint.
     generator = seed_micro(tuning.seed, step, 0, 0)
     samples = [examples[int(i)] for i in index]
@@ -303,24 +303,24 @@ def _step(
         boxes = examples.task.answer == "boxes"
         samples = [turn_sample(sample, generator, dense=examples.task.dense, boxes=boxes) for sample in samples]
     device = next(model.head.parameters()).device
-    optimiser.zero_grad()
+    work.optimiser.zero_grad()
     parts, total = np.array_split(np.arange(len(samples)), min(tuning.accumulate, len(samples))), 0.0
     for part in parts:
         some = [samples[i] for i in part]
-        batch = vary(collate([s.batch for s in some]), generator, tuning.augmentation, look.spreads).to(device)
+        batch = vary(collate([s.batch for s in some]), generator, tuning.augmentation, work.look.spreads).to(device)
         target = torch.cat([s.target for s in some]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=tuning.precision == "bfloat16"):
             # Without gradients the encoder works in place, which autocast does not know; frozen, it builds no graph.
             with torch.set_grad_enabled(not frozen or tuning.precision == "bfloat16"):
                 features = model.features(batch)
             scores = model.scores(batch, features)
-        loss = examples.task.loss(scores, target, options)
+        loss = examples.task.loss(scores, target, work.options)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}, of samples {[s.id for s in some]}")
         (loss / len(parts)).backward()
         total += float(loss.detach()) / len(parts)
-    clip([p for p in trained.parameters.values() if p.grad is not None], tuning.clip_norm)
-    optimiser.step()
+    clip([p for p in work.trained.parameters.values() if p.grad is not None], tuning.clip_norm)
+    work.optimiser.step()
     return total
 
 
@@ -347,14 +347,10 @@ def _setup(
     encoder: Encoder,
     look: Look,
     modalities: Sequence[str],
-    *,
-    head: HeadKind,
-    hidden: int,
-    skip: bool,
-    patch_m: float,
+    settings: Settings,
 ) -> Setup:
-    """Put the head onto the encoder's patches; refuse sizes that do not fit."""
-    task, side = examples.task, 1
+    """Put the head onto the encoder's patches or sub-patches; refuse sizes that do not fit."""
+    task, side, head, patch_m = examples.task, 1, settings.head, settings.patch_m
     window_m = examples.window_px * examples.pixel_m
     patches = window_m / patch_m
     if abs(patches - round(patches)) > 1e-6 or round(patches) < 1:
@@ -366,8 +362,8 @@ def _setup(
                 f"samples of {examples.cells} target cells and {round(patches)} patches along a side do not fit; "
                 "choose a patch_m that is a whole number of cells"
             )
-    finest = max(modalities, key=lambda m: (1 / MODALITIES[m].gsd, modalities.index(m) == 0)) if skip else None
-    return Setup(
+    finest = max(modalities, key=lambda m: (1 / MODALITIES[m].gsd, modalities.index(m) == 0)) if settings.skip else None
+    setup = Setup(
         task=task.name,
         head=HeadConfig(
             kind=head,
@@ -375,7 +371,9 @@ def _setup(
             dim=encoder.dim * (PARTS if examples.pairs else 1),
             outputs=task.outputs(len(examples.classes)),
             side=side,
-            hidden=hidden,
+            hidden=settings.hidden,
+            # Where the middle of an object is shows in what surrounds it, which is wider than one convolution sees.
+            convolutions=2 if task.answer == "boxes" else 1,
             skip_bands=len(MODALITIES[finest].bands) * (2 if examples.pairs else 1) if finest else 0,
             smooth=head == "plain" and task.dense and task.answer == "values",
         ),
@@ -391,6 +389,9 @@ def _setup(
         periods=examples.periods,
         base=Base.of(encoder),
     )
+    if not settings.sub_patches:
+        return setup
+    return on_sub_patches(setup, encoder, modality=None if settings.sub_patches is True else settings.sub_patches)
 
 
 def _sizes(examples: Examples) -> dict[str, Any]:
@@ -407,6 +408,9 @@ def _begin(folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the folder of the run's state, or find it again; refuse that of another run."""
     note = folder / "run.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if before is not None:
+        # What could not be chosen when that run began was as it is by default.
+        before["tuning"] = {**plain(Tuning()), **before.get("tuning", {})}
     if before is not None and before != job and not overwrite:
         keys = sorted(key for key in {*before, *job} if before.get(key) != job.get(key))
         raise InputError(

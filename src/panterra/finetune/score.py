@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,11 +62,17 @@ def score(
     *,
     batch_size: int,
     options: LossOptions | None = None,
+    whole_batches: bool = False,
     advance: Callable[[int], None] | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scores:
-    """Predict a part of the examples, in float32 and without augmentation; `watch` is shown all scores and targets."""
+    """Predict a part of the examples, in float32 and without augmentation; `watch` is shown all scores and targets.
+
+    With `whole_batches` an incomplete last batch is left out, unless it is the only one.
+    """
     task, index = examples.task, examples.of(part)
+    if whole_batches and len(index) > batch_size:
+        index = index[: len(index) // batch_size * batch_size]
     device = next(model.parameters()).device
     tallies, losses, weights = [], 0.0, 0
     model.eval()
@@ -89,9 +96,9 @@ def score(
     )
 
 
-def deciding_figure(task: Task, scores: Scores) -> float:
+def deciding_figure(task: Task, tallies: np.ndarray) -> float:
     """Give the figure that decides which epoch is best, so that higher is better; undefined ones are worst."""
-    value = task.figure(task.best, scores.tallies)
+    value = task.figure(task.best, tallies)
     value = value if task.higher_is_better else -value
     return value if np.isfinite(value) else -np.inf
 
@@ -107,10 +114,24 @@ def report(
 ) -> PartReport:
     """Sum up a part: the task's figures with intervals over blocks, and each class on its own.
 
-    Boxes count from `threshold` on, by default from the one that is best for the part.
+    Boxes count from `threshold` on, by default from the one that is best for the part. A single block tells nothing of
+    others, so intervals are NaN then.
     """
     if task.answer == "boxes":
-        return _report_boxes(scores, names, threshold, resamples, seed)
+        told = _report_boxes(scores, names, threshold, resamples, seed)
+    else:
+        told = _report_sums(task, scores, names, resamples, seed)
+    if told.num_blocks > 1:
+        return told
+    alone = {"low": math.nan, "high": math.nan, "std": math.nan}
+    return replace(
+        told,
+        metrics={name: replace(i, **alone) for name, i in told.metrics.items()},
+        intervals={k: {f: replace(i, **alone) for f, i in own.items()} for k, own in told.intervals.items()},
+    )
+
+
+def _report_sums(task: Task, scores: Scores, names: tuple[str, ...], resamples: int, seed: int) -> PartReport:
     _, block = np.unique(scores.blocks, return_inverse=True)
     by_block = np.zeros((block.max() + 1, *scores.tallies.shape[1:]), scores.tallies.dtype)
     np.add.at(by_block, block.reshape(-1), scores.tallies)

@@ -103,6 +103,9 @@ class Tuning:
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Precision = "float32"
     """bfloat16: autocast; parameters, scores and losses stay in float32."""
+    as_published: bool = False
+    """As AnySat's code trains: the figure that decides is of all epochs so far, since it is never reset; incomplete
+    last batches do not validate; and what stands for masked pixels of a series is learned."""
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -115,6 +118,11 @@ class Tuning:
             raise InputError(f"loss is {self.loss!r}; wanted cross_entropy or dice")
         if min(self.epochs, self.batch_size, self.patience, self.accumulate) < 1 or self.head_first < 0:
             raise InputError("epochs, batch_size, patience and accumulate must be 1 or more, and head_first 0 or more")
+        if not 0 < self.lr < math.inf or not 0 <= self.encoder_peak < math.inf:
+            raise InputError(
+                f"lr is {self.lr:g} and encoder_lr {self.encoder_peak:g}; wanted a finite lr above 0 and a finite "
+                "encoder_lr of 0 or more"
+            )
         if not 0 < self.layer_decay <= 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup < 1:
             raise InputError(
                 f"layer_decay is {self.layer_decay}, label_smoothing {self.label_smoothing} and warmup {self.warmup}; "
@@ -161,6 +169,9 @@ def prepare(model: FineTuned, tuning: Tuning) -> Trained:
         added = {id(p) for p in add_lora(encoder, rank=tuning.rank, alpha=tuning.alpha)}
         names = [name for name, p in encoder.named_parameters() if id(p) in added]
         peaks |= {f"encoder.{name}": tuning.encoder_peak for name in names}
+    if tuning.as_published:
+        pads = [name for name, _ in encoder.named_parameters() if name.endswith(".pad")]
+        peaks |= {f"encoder.{name}": tuning.encoder_peak for name in pads}
     parameters = {name: p for name, p in model.named_parameters() if name in peaks}
     for p in parameters.values():
         p.requires_grad_(True)

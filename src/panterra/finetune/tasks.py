@@ -226,6 +226,12 @@ TASKS: dict[str, Task] = {
 }
 
 
+def kind_of(task: str | None) -> Literal["classes", "values"] | None:
+    """Tell what whole numbers in labels are for a task; None: classes while they are few."""
+    answer = task_of(task).answer if task else None
+    return "values" if answer == "values" else "classes" if answer == "boxes" else None
+
+
 def task_of(name: str) -> Task:
     """Look a task up by its name."""
     if name not in TASKS:
