@@ -107,7 +107,9 @@ def test_the_table_is_geoparquet_that_others_open(tmp_path, features):
 def test_duckdb_opens_it(tmp_path, features):
     duckdb = pytest.importorskip("duckdb", reason="checked where DuckDB is installed")
     write_chips(store_of(tmp_path, features, "float32"), tmp_path / "chips.parquet")
-    count, dim = duckdb.execute(f"select count(*), max(len(embedding)) from '{tmp_path}/chips.parquet'").fetchone()
+    asked = f"select count(*), max(len(embedding)) from '{tmp_path}/chips.parquet'"
+    with duckdb.connect() as connection:
+        ((count, dim),) = connection.sql(asked).fetchall()
     assert (count, dim) == (30 * 45 - 55, DIM)
 
 

@@ -1,6 +1,7 @@
 """The command line as a person meets it; the whole path runs on a small planet."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,11 +9,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 
 from panterra.cli import app, main
+from panterra.commands.probe import unseen_mistakes
+from panterra.commands.terminal import show_json
+from panterra.evaluate.probes import fit_probe
 from panterra.models.adapters.offers import ADAPTERS
 from panterra.planet import write_planet_scene
 
@@ -89,6 +94,24 @@ def test_bad_input_is_one_line_and_status_2(arguments, says, capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert says in complaint(capsys, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["scene.json/made", "/proc/made"])
+def test_a_place_that_cannot_be_written_is_one_line(out, planet, capsys):
+    assert "check that the path" in complaint(
+        capsys, "fetch", "--from-files", next(planet.glob("sentinel1*.tif")), "--out", planet / out
+    )
+
+
+def test_options_of_catalogues_are_refused_for_files(planet, capsys, tmp_path):
+    for option in (("--max-cloud", 10), ("--composite", "none"), ("--every", "year"), ("--keep-clouds",)):
+        said = complaint(capsys, "fetch", "--from-files", planet, "--out", tmp_path / "scene", *option)
+        assert f"{option[0]} goes with --aoi" in said
+
+
+def test_a_probe_of_nothing_says_that_there_is_nothing(planet, capsys, tmp_path):
+    said = complaint(capsys, "probe", tmp_path / "nothing", "--labels", planet / "labels.geojson", "--out", tmp_path)
+    assert "there is no" in said
 
 
 def test_models_say_their_licence(capsys):
@@ -182,6 +205,39 @@ def test_labels_of_another_place_are_refused(planet, embeddings, tmp_path, capsy
     elsewhere.write_text("lon,lat,class\n100.5,3.2,forest\n100.6,3.3,water\n")
     arguments = ("probe", embeddings, "--labels", elsewhere, "--out", tmp_path / "probe")
     assert "same place" in complaint(capsys, *arguments)
+
+
+def test_labels_of_another_year_are_left_out_and_counted(planet, embeddings, tmp_path, capsys):
+    capsys.readouterr()
+    labels = gpd.read_file(planet / "labels.geojson")
+    labels["start_time"], labels["end_time"] = "2023-01-01", "2023-12-31"
+    labels.loc[:2, ["start_time", "end_time"]] = ["2019-01-01", "2019-12-31"]
+    labels.to_file(tmp_path / "timed.geojson")
+    arguments = ("probe", embeddings, "--labels", tmp_path / "timed.geojson", "--out", tmp_path / "probe")
+    assert main([*map(str, arguments), "--block-m", "120", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["other_dates"] == 3
+    assert "3 labels are of other dates than the imagery, 2023-" in told.err
+    labels.assign(start_time="2019-01-01", end_time="2019-12-31").to_file(tmp_path / "old.geojson")
+    arguments = ("probe", embeddings, "--labels", tmp_path / "old.geojson", "--out", tmp_path / "probe")
+    assert "labels of" in complaint(capsys, *arguments)
+
+
+def test_undefined_numbers_are_null_in_json(capsys):
+    show_json(
+        {"f1": [math.nan, {"low": -math.inf, "high": np.float64("nan")}], "share": 0.5, "path": Path("a"), "n": 3}
+    )
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told == {"f1": [None, {"low": None, "high": None}], "share": 0.5, "path": "a", "n": 3}
+
+
+def test_a_test_without_a_mistake_says_what_it_leaves_open():
+    rng = np.random.default_rng(0)
+    target = np.repeat([1, 2], 30)
+    _, perfect = fit_probe(rng.normal(10 * target[:, None], 0.1, (60, 3)), target, split="random")
+    assert "in 60 places that leaves mistakes in up to 5% of places possible" in unseen_mistakes(perfect)
+    _, poor = fit_probe(rng.normal(size=(60, 3)), target, split="random")
+    assert unseen_mistakes(poor) == ""
 
 
 def test_doctor_finds_nothing_wrong_with_the_planet(planet, capsys):

@@ -102,6 +102,11 @@ def test_benchmarks_are_names_with_folders(text):
         parse_benchmarks([text])
 
 
+def test_a_benchmark_that_nobody_knows_is_refused_before_anything_runs():
+    with pytest.raises(InputError, match="no data set 'm_eurosatt'"):
+        parse_benchmarks(["m_eurosatt=folder"])
+
+
 class Strict(HTMLParser):
     """Notes what a page would load, and tags that are not closed in order."""
 

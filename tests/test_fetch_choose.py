@@ -337,3 +337,11 @@ def test_real_items_are_found_and_listed(data_dir, tmp_path):
             "LC08_L2SP_033032_20231008_02_T1",
         ]
     assert not server.asked("/data/")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [({"best": 0}, "1 or more"), ({"max_cloud": 200}, "0 to 100"), ({"grow_m": -1}, "0 or more")]
+)
+def test_wishes_that_cannot_be_are_refused_before_anything_is_asked(option, said):
+    with pytest.raises(InputError, match=said):
+        Wish(aoi="1,2,1.1,2.1", dates="2024", modalities=("sentinel2_l2a",), **option)

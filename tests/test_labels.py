@@ -1,3 +1,6 @@
+import datetime as dt
+import json
+
 import geopandas as gpd
 import numpy as np
 import pandas as pd
@@ -8,7 +11,7 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry import LineString, MultiPoint, Point, Polygon, box
 
 from panterra.errors import InputError
-from panterra.imagery.labels import MAX_NUMBERED, distinct_colours, read_labels, sample_labels
+from panterra.imagery.labels import MAX_NUMBERED, distinct_colours, of_dates, read_labels, sample_labels
 from panterra.imagery.raster import write_cog
 
 GRID = GeoBox((30, 40), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")
@@ -288,3 +291,92 @@ def test_real_polygons_lie_on_their_image(data_dir):
     greenness = (near_infrared - red) / (near_infrared + red)
     by_class = {name: greenness[samples.target == i].mean() for i, name in enumerate(labels.names)}
     assert by_class["forest"] > by_class["village"] > by_class["water"]
+
+
+# What people's files are like ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("lon,lat,class\n14.5,45.25,maïs\n", "utf-8-sig"),
+        ("lon;lat;class\n14,5;45,25;maïs\n", "utf-8"),
+        ("lon\tlat\tclass\n14.5\t45.25\tmaïs\n", "utf-8"),
+        ("lon lat class\n14.5 45.25 maïs\n", "utf-8"),
+    ],
+    ids=["byte order mark", "decimal comma", "tabs", "spaces"],
+)
+def test_tables_are_read_as_spreadsheets_write_them(tmp_path, content, encoding):
+    (tmp_path / "t.csv").write_text(content, encoding=encoding)
+    labels = read_labels(tmp_path / "t.csv")
+    assert labels.names == ("maïs",)
+    assert labels.frame.geometry[0].equals(Point(14.5, 45.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.csv", b"", "is no table"),
+        ("latin.csv", "lon,lat,class\n14.5,45.25,maïs\n".encode("latin1"), "save the table as CSV in UTF-8"),
+        ("noise.parquet", b"nonsense", "cannot read labels from"),
+        ("noise.geojson", b"{nonsense", "cannot read labels from"),
+        (
+            "lists.geojson",
+            b'{"type": "FeatureCollection", "features": [{"type": "Feature", "properties": {"class": ["a", "b"]}, '
+            b'"geometry": {"type": "Point", "coordinates": [14.5, 45.25]}}]}',
+            "holds lists",
+        ),
+    ],
+)
+def test_broken_files_get_one_plain_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_labels(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """Two points as OlmoEarth's annotation_features.geojson has them."""
+    times = {"oe_start_time": "2023-01-01T00:00:00Z", "oe_end_time": "2023-12-31T00:00:00Z"}
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Point", "coordinates": [14.5, 45.25]},
+            "properties": {"oe_labels": {"lulc": code}, "oe_annotations_task_id": "a", **times},
+        }
+        for code in (7, 3)
+    ]
+    path = tmp_path / "annotation_features.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def test_annotations_of_olmoearth_are_read(annotations):
+    labels = read_labels(annotations)
+    assert labels.names == ("3", "7")
+    assert labels.frame["target"].tolist() == [1, 0]
+    assert read_labels(annotations, column="lulc").names == ("3", "7")
+
+
+@pytest.mark.parametrize(
+    ("dates", "kept"),
+    [
+        (["2023-06-09"], 2),
+        (["2022-07-01", "2024-02-01"], 2),
+        (["2024-01-20"], 2),  # within the month that an image stands for
+        (["2024-03-01", "2024-09-01"], 0),
+        (["2022-05-01", "2022-11-01"], 0),
+        ([], 2),
+    ],
+)
+def test_labels_of_another_time_are_left_out(annotations, dates, kept):
+    labels, left_out = of_dates(read_labels(annotations), [dt.date.fromisoformat(day) for day in dates])
+    assert (len(labels.frame), left_out) == (kept, 2 - kept)
+
+
+def test_labels_without_times_fit_any_date(points, tmp_path):
+    day = [dt.date(1999, 1, 1)]
+    assert of_dates(read_labels(points), day)[1] == 0
+    some = save(tmp_path / "some.geojson", [centre(1, 1), centre(2, 2)], label=["a", "b"], start=["2024-01-01", None])
+    assert of_dates(read_labels(some, column="label"), day)[1] == 1

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import rasterio
+import zarr
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from panterra.errors import InputError
 from panterra.imagery import raster
+from panterra.imagery.layers import open_layers
 from panterra.imagery.raster import CogWriter, grid_of, read_legend, read_onto, write_cog
 
 BOX = GeoBox((90, 120), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")
@@ -509,3 +511,24 @@ def test_a_fourth_band_is_data_and_not_a_mask(tmp_path):
     values, valid = read_onto(path, box)
     assert valid.all()
     assert (values == pixels).all()
+
+
+def test_metres_that_are_tagged_as_degrees_are_refused(tmp_path):
+    path = plain_tif(tmp_path / "mistagged.tif", np.ones((4, 4), np.uint8), BOX.affine, crs="EPSG:4326")
+    with pytest.raises(InputError, match="are no degrees; give it the CRS"):
+        grid_of(path)
+
+
+def test_a_folder_of_arrays_is_no_raster_and_spoils_no_later_reading(tmp_path):
+    zarr.create_group(str(tmp_path / "store")).create_array("values", shape=(4, 4), dtype="float32")
+    good = plain_tif(tmp_path / "good.tif", np.ones((4, 4), np.uint8), BOX.affine)
+    for _ in range(2):
+        with pytest.raises(InputError, match="store"):
+            grid_of(tmp_path / "store")
+        assert grid_of(good) == BOX[:4, :4]
+
+
+def test_complex_numbers_make_no_scene(tmp_path):
+    path = plain_tif(tmp_path / "slc_2023-05-01.tif", np.zeros((2, 8, 8), "complex64"), BOX.affine)
+    with pytest.raises(InputError, match="amplitude or power"):
+        open_layers(path, ["VV", "VH"])

@@ -19,6 +19,18 @@ def test_days_and_dates_are_inverse():
     assert to_days("2024-05-01T10:00:00Z") == to_days(dt.datetime(2024, 5, 1, 10)) == to_days(dt.date(2024, 5, 1))
 
 
+@pytest.mark.parametrize(
+    "date",
+    ["2024-05-01", dt.date(2024, 5, 1), dt.datetime(2024, 5, 1, 10), np.datetime64("2024-05-01T10"), np.int64(19844)],
+)
+def test_build_takes_dates_as_people_have_them(date):
+    assert Observation.build(np.ones((1, 2, 3, 3)), [date]).dates.tolist() == [[19844]]
+
+
+def test_a_single_image_takes_a_single_date():
+    assert Observation.build(np.ones((2, 3, 3)), "2024-05-01").dates.tolist() == [[19844]]
+
+
 def test_build_marks_nan_as_invalid():
     pixels = np.ones((1, 2, 3, 3), np.float32)
     pixels[0, 1, 2, 2] = np.nan
@@ -49,7 +61,14 @@ def test_collate_fills_an_absent_modality():
     [
         (lambda: to_days("May 2024"), "write it as YYYY-MM-DD"),
         (lambda: Observation.build(np.ones((2, 2, 4, 4)), ["2024-01-01"]), "2 images came with 1 dates"),
-        (lambda: Observation.build(np.ones((4, 4)), ["2024-01-01"]), r"wanted \[T, C, H, W\]"),
+        (lambda: Observation.build(np.ones((4, 4)), ["2024-01-01"]), r"wanted real numbers \[T, C, H, W\]"),
+        (lambda: Observation.build(np.ones((0, 2, 4, 4)), []), "T >= 1"),
+        (lambda: Observation.build(np.ones((2, 4, 4)), None), "None is not a date"),
+        (lambda: Observation.build(np.ones((1, 2, 4, 4)), [19000.5]), "count whole days"),
+        (lambda: Observation.build(np.ones((3, 2, 4, 4)), "2024-01-01"), "3 images came with 1 dates"),
+        (lambda: Observation.build(np.ones((2, 4, 4)), "2024-01-01", np.ones((2, 2))), r"wanted \[1, 4, 4\]"),
+        (lambda: Batch(observations={"sentinel1": np.ones((2, 4, 4))}), "make one of pixels and dates"),
+        (lambda: Batch(observations={"sentinel1": series(["2024-01-01"])}, pixel_m=0), "wanted metres per pixel"),
         (lambda: Batch(observations={}), "needs at least one modality"),
         (lambda: Batch(observations={"sentinel9": series(["2024-01-01"])}), "no modality 'sentinel9'"),
         (lambda: Batch(observations={"sentinel1": series(["2024-01-01"], bands=3)}), "came with 3 bands; wanted 2"),

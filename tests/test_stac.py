@@ -692,3 +692,18 @@ def test_radar_of_planetary_computer_comes_in_decibel(tmp_path):
     scene = open_scene([rtc, palsar])
     np.testing.assert_allclose(scene.read("sentinel1", BOX).pixels, -13.0103, atol=1e-4)
     np.testing.assert_allclose(scene.read("alos2", BOX).pixels, 20 * np.log10(6000) - 83, atol=1e-4)
+
+
+def test_bands_say_their_common_names_and_wavelengths(tmp_path):
+    box = GeoBox((4, 4), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")
+    item = make_item("a", "sentinel2_l2a", "2023-05-01", box, {"data": tmp_path / "a.tif"})
+    first = item.assets["data"].extra_fields["bands"][0]
+    assert first == {
+        "name": "B02",
+        "eo:common_name": "blue",
+        "eo:center_wavelength": 0.492,
+        "unit": "reflectance_1e4",
+    }
+    assert "https://stac-extensions.github.io/eo/v2.0.0/schema.json" in item.stac_extensions
+    radar = make_item("b", "sentinel1", "2023-05-01", box, {"data": tmp_path / "b.tif"})
+    assert not any("/eo/" in address for address in radar.stac_extensions)

@@ -347,6 +347,20 @@ def test_sizes_without_published_weights_say_so(name):
         load_model(name)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "x"}, "attention is 'x'; wanted one of masked, published_eval, published_fast"),
+        ({"missing": "x"}, "missing is 'x'; wanted one of masked, published"),
+        ({"device": "mars"}, "cannot compute on 'mars' here; give cpu"),
+    ],
+)
+@pytest.mark.parametrize("name", ["olmoearth-v1.2-nano", "anysat-tiny"])
+def test_behaviours_and_devices_that_there_are_not_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        load_model(name, random=0, **options)
+
+
 def test_behaviours_belong_to_a_family():
     assert load_model("anysat-tiny", random=0, missing="published").missing == "published"
     with pytest.raises(InputError, match="attention='published_fast' is no behaviour of anysat-tiny"):

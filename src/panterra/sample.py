@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +17,12 @@ from panterra.modalities import MODALITIES
 EPOCH = dt.date(1970, 1, 1)
 
 
-def to_days(date: dt.date | str) -> int:
+def to_days(date: dt.date | np.datetime64 | str) -> int:
     """Count the days since 1970-01-01 of a date or an ISO string such as "2024-05-01"."""
+    if isinstance(date, np.datetime64):
+        date = str(date.astype("datetime64[D]"))
+    if not isinstance(date, str | dt.date):
+        raise InputError(f"{date!r} is not a date; write it as YYYY-MM-DD, or count whole days since 1970-01-01")
     if isinstance(date, str):
         try:
             date = dt.date.fromisoformat(date[:10])
@@ -60,21 +65,31 @@ class Observation:
     def build(
         cls,
         pixels: np.ndarray | Tensor,
-        dates: Sequence[dt.date | str | int],
+        dates: Sequence[dt.date | str | int] | dt.date | str,
         valid: np.ndarray | Tensor | None = None,
     ) -> Observation:
-        """Make one sample from pixels [T, C, H, W] or [C, H, W] and as many dates; NaN pixels become invalid."""
-        values = torch.as_tensor(pixels).to(torch.float32)
-        if values.ndim == 3:
-            values = values[None]
-        if values.ndim != 4:
-            raise InputError(f"pixels are {_describe(values)}; wanted [T, C, H, W] or [C, H, W]")
+        """Make one sample from pixels [T, C, H, W] or [C, H, W] and as many dates; NaN pixels become invalid.
+
+        `valid` is [T, H, W], or [H, W] for all dates.
+        """
+        given = torch.as_tensor(pixels)
+        values = given[None] if given.ndim == 3 else given
+        if values.ndim != 4 or values.is_complex() or not len(values):
+            raise InputError(f"pixels are {_describe(given)}; wanted real numbers [T, C, H, W] or [C, H, W], T >= 1")
+        values = values.to(torch.float32)
+        if dates is None or isinstance(dates, str | dt.date):
+            dates = [dates]
         if len(dates) != len(values):
             raise InputError(f"{len(values)} images came with {len(dates)} dates; give one date per image")
-        days = torch.tensor([d if isinstance(d, int) else to_days(d) for d in dates], dtype=torch.int64)
+        days = torch.tensor(
+            [int(d) if isinstance(d, int | np.integer) else to_days(d) for d in dates], dtype=torch.int64
+        )
         seen = torch.isfinite(values).all(dim=1)
         if valid is not None:
-            seen = seen & torch.as_tensor(valid, dtype=torch.bool)
+            where = torch.as_tensor(valid, dtype=torch.bool)
+            if where.shape not in (seen.shape, seen.shape[1:]):
+                raise InputError(f"valid is {list(where.shape)}; wanted {list(seen.shape)}, True where data")
+            seen = seen & where
         return cls(pixels=values[None], dates=days[None], valid=seen[None])
 
 
@@ -94,6 +109,10 @@ class Batch:
         unknown = [name for name in self.observations if name not in MODALITIES]
         if unknown:
             raise InputError(f"no modality {unknown[0]!r}; known: {', '.join(sorted(MODALITIES))}")
+        if bare := [name for name, o in self.observations.items() if not isinstance(o, Observation)]:
+            raise InputError(f"{bare[0]} is no Observation; make one of pixels and dates with Observation.build")
+        if not 0 < self.pixel_m < math.inf:
+            raise InputError(f"pixel_m is {self.pixel_m}; wanted metres per pixel, above 0")
         sizes = {name: o.pixels.shape[0] for name, o in self.observations.items()}
         if len(set(sizes.values())) > 1:
             raise InputError(f"modalities differ in the number of samples: {sizes}; give the same samples to each")

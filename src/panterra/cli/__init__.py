@@ -101,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.strerror is None:  # not of the operating system's, but of a library's
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror}{where}; check that the path is right, may be written and has room", 2)
     return 0
 
 

@@ -90,7 +90,13 @@ def fetch(
             "--modalities": modalities,
             "--source": source,
             "--overwrite": overwrite,
+            "--every": every != "month",
             "--best": best,
+            "--max-cloud": max_cloud != 60,
+            "--composite": composite != "median",
+            "--keep-clouds": keep_clouds,
+            "--grow-clouds-m": grow_clouds_m != 0,
+            "--s2cloudless": s2cloudless,
             "--orbit": orbit,
             "--list": show_list,
         }

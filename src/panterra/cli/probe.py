@@ -37,7 +37,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Fit a probe to labels and report what it scores where it has not been."""
-    from panterra.commands.probe import as_embeddings, fit_to_labels
+    from panterra.commands.probe import as_embeddings, fit_to_labels, unseen_mistakes
     from panterra.commands.terminal import show_json, show_table
     from panterra.energy import recorded
 
@@ -57,7 +57,9 @@ def probe(
     fitted.probe.save(out)
     report = fitted.report
     if as_json:
-        show_json({"probe": str(out), "left_out": fitted.left_out, **report.as_dict()})
+        show_json(
+            {"probe": str(out), "left_out": fitted.left_out, "other_dates": fitted.other_dates, **report.as_dict()}
+        )
         return
     show_table(["", "held out", "95 % interval"], [(name, *_figures(i)) for name, i in report.metrics.items()])
     if report.classes:
@@ -69,7 +71,8 @@ def probe(
                 for c in report.classes
             ],
         )
-    print(f"\n{out}: {kind} probe on {report.num_samples} labelled patches in {report.num_groups} groups")
+    groups = f"{report.num_samples} labelled patches in {report.num_groups} groups"
+    print(f"\n{out}: {kind} probe on {groups}.{unseen_mistakes(report)}")
 
 
 def _figures(interval: Interval) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from panterra.commands.evaluation_page import DIAGNOSTICS, METRICS, choice, figure, write_page
 from panterra.commands.terminal import note, progress_bar
+from panterra.data.labelled import card_of
 from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.evaluate.protocols import TUNED
@@ -83,12 +84,13 @@ def refuse_failures(rows: Sequence[Row]) -> None:
 
 
 def parse_benchmarks(texts: Sequence[str]) -> tuple[tuple[str, Path], ...]:
-    """Read benchmarks such as "sen1floods11=data/floods"."""
+    """Read benchmarks such as "sen1floods11=data/floods"; the names are those of `DATASETS`."""
     found = []
     for text in texts:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
             raise InputError(f"{text!r} is no benchmark; write NAME=FOLDER, such as sen1floods11=data/floods")
+        card_of(name)
         found.append((name, Path(path)))
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def show_scene(scene: Scene, out: Path, decisions: Sequence[str]) -> None:
         print(decision)
     for name, seen in dates_of(scene).items():
         print(f"{name}: {len(seen)} dates, {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"{name}: {seen[0]}")
-    print(f"{out} is a scene; examine it with: panterra doctor {out}")
+    print(f"{out} is a scene; examine it with: panterra doctor {shlex.quote(str(out))}")
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from odc.geo.geobox import GeoBox
 
 import panterra
 from panterra.commands.pictures import picture_of
-from panterra.commands.probe import Fitted
+from panterra.commands.probe import Fitted, unseen_mistakes
 from panterra.energy import EnergyReport
 from panterra.evaluate.metrics import Interval
 from panterra.imagery.raster import Colour, read_legend, read_onto
@@ -172,6 +172,8 @@ def _measured(fitted: Fitted) -> str:
         f"{report.num_samples} labelled patches in {report.num_groups} blocks. The probe was tested {where}. "
         f"Intervals come from drawing whole blocks {report.resamples} times."
         + (f" {fitted.left_out} labelled patches have no data and were left out." if fitted.left_out else "")
+        + (f" {fitted.other_dates} labels of other dates were left out." if fitted.other_dates else "")
+        + unseen_mistakes(report)
     )
 
 

@@ -129,6 +129,14 @@ def _sum(figures: Iterable[Figure | None]) -> Figure:
 
 # What a person reads --------------------------------------------------------------------------------------------------
 
+STYLE = """
+table { font-size: .84rem; }
+th, td { padding: 6px 9px; }
+th[scope="row"] { white-space: normal; overflow-wrap: anywhere; min-width: 9em; max-width: 20em; }
+.scroll { margin-bottom: 16px; }
+"""
+"""Of the page: its tables have many columns, and folders of models have long names."""
+
 SMALL = 0.1
 """kWh, kg or litres in all, below which thousandths are shown."""
 
@@ -231,11 +239,12 @@ def write_page(path: Path, summary: Summary) -> Path:
         *(_section(name, [*group.items(), ("all", total)], units) for name, group in summary.by.items()),
         *(f"<p>{escape(text)}</p>" for text in _remarks(summary)),
     ]
-    return write_document(path, title, body)
+    return write_document(path, title, body, style=STYLE)
 
 
 def _section(name: str, rows: Sequence[tuple[str, Sums]], units: Units) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in (name, *units.columns))
+    columns = (column.capitalize() if column.isalpha() else column for column in (name, *units.columns))
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = "\n".join(
         f'<tr><th scope="row">{escape(key)}</th>'
         + "".join(

@@ -127,7 +127,8 @@ def run_search(
             progress=progress,
         )
     if len(found) < top:
-        note(f"{len(found)} places were found, not {top}: the stores show no more that lie {apart_m:g} m apart")
+        far = f"{apart_m:g} m apart" + ("" if keep_examples else " and from the examples (or give --keep-examples)")
+        note(f"{len(found)} places were found, not {top}: the stores show no more that lie {far}")
     if similarity is not None:
         asset = pystac.Asset(
             str(similarity.absolute()),

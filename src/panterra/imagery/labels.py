@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import datetime as dt
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow
 import pyogrio
 import shapely
 from odc.geo.geobox import GeoBox
@@ -25,12 +29,18 @@ Kind = Literal["classes", "values"]
 COLUMNS = (
     *("class", "class_name", "classname", "label", "lulc", "lulc_name", "landcover", "land_cover", "landuse"),
     *("land_use", "lc", "lucode", "crop", "crop_type", "croptype", "croptype_label", "landcover_label", "species"),
-    *("habitat", "target", "value", "category", "lulc_id", "class_id", "ewoc_code"),
+    *("habitat", "target", "value", "category", "lulc_id", "class_id", "ewoc_code", "es_label"),
 )
 """Names under which the class or value usually stands, the likeliest first; case does not matter."""
 
 LONGITUDES = ("lon", "longitude", "lng", "long", "x")
 LATITUDES = ("lat", "latitude", "y")
+
+STARTS = ("start_time", "start_date", "date_start", "start", "begin", "oe_start_time", "es_start_time")
+ENDS = ("end_time", "end_date", "date_end", "end", "oe_end_time", "es_end_time")
+
+NEAR = pd.Timedelta(days=31)
+"""How far a label's time may lie from the imagery's: what an image of a month stands for."""
 
 MAX_NUMBERED = 64
 """Whole numbers with at most as many different values are taken for class codes, others for values."""
@@ -83,16 +93,19 @@ def read_labels(
     """Read points or polygons with a class or value (GeoJSON, GPKG, Shapefile, GeoParquet, CSV with lon and lat, ...),
     or a raster of classes or values.
 
-    The column is one of `COLUMNS` unless named. Text is a class, a fraction a value, whole numbers are classes while
-    they are few (`MAX_NUMBERED`), unless `kind` says which. Features without geometry or target are left out.
+    The column is one of `COLUMNS` unless named, or the only field of OlmoEarth's `oe_labels`. Text is a class, a
+    fraction a value, whole numbers are classes while they are few (`MAX_NUMBERED`), unless `kind` says which. Features
+    without geometry or target are left out.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"there is no file {path}")
     if path.suffix.lower() in RASTERS:
         return _raster_labels(path, kind)
-    frame = _with_crs(_read_frame(path, layer), path)
-    column = _column(frame, column, path)
+    frame, fields = _annotated(_with_crs(_read_frame(path, layer), path))
+    column = _column(frame, column or (fields[0] if len(fields) == 1 else None), path)
+    if frame[column].map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
+        raise InputError(f"{column!r} of {path} holds lists; wanted one class or value for each feature")
     frame = frame[frame.geometry.notna() & ~frame.geometry.is_empty & frame[column].notna() & (frame[column] != "")]
     if frame.empty:
         raise InputError(f"{path} has no feature with both a geometry and a value in {column!r}")
@@ -118,6 +131,29 @@ def read_labels(
         names=tuple(_spell(name) for name in known),
         colours=_stated_colours(frame, len(known)) or distinct_colours(len(known)),
     )
+
+
+def of_dates(labels: Labels, dates: Sequence[dt.date]) -> tuple[Labels, int]:
+    """Leave out and count labels whose start or end shows that they are of another time; see `fits_dates`."""
+    kept = fits_dates(labels, dates)
+    if kept.all():
+        return labels, 0
+    return replace(labels, frame=labels.frame[kept].reset_index(drop=True)), int((~kept).sum())
+
+
+def fits_dates(labels: Labels, dates: Sequence[dt.date]) -> npt.NDArray[np.bool_]:
+    """Tell of each feature whether its start and end, where it tells them, suit imagery of these dates.
+
+    They do not where the one is more than `NEAR` after the last of the dates, or the other before the first. Columns
+    are those of `STARTS` and `ENDS`.
+    """
+    starts, ends = (_times(labels.frame, names) for names in (STARTS, ENDS))
+    if not len(dates) or (starts is None and ends is None):
+        return np.ones(len(labels.frame), np.bool_)
+    first, last = (pd.Timestamp(day, tz="UTC") for day in (min(dates), max(dates)))
+    late = np.zeros(len(labels.frame), np.bool_) if starts is None else (starts > last + NEAR).to_numpy()
+    early = np.zeros(len(labels.frame), np.bool_) if ends is None else (ends < first - NEAR).to_numpy()
+    return ~(late | early)
 
 
 def sample_labels(labels: Labels, box: GeoBox) -> LabelSamples:
@@ -157,24 +193,63 @@ def distinct_colours(count: int) -> tuple[Colour, ...]:
 def _read_frame(path: Path, layer: str | None) -> gpd.GeoDataFrame:
     suffix = path.suffix.lower()
     if suffix in (".csv", ".txt", ".tsv"):
-        return _from_table(pd.read_csv(path, sep=None, engine="python"), path)
-    if suffix in (".parquet", ".geoparquet", ".pq"):
-        try:
-            return gpd.read_parquet(path)
-        except ValueError:
-            return _from_table(pd.read_parquet(path), path)
+        return _from_table(_read_table(path), path)
     try:
+        if suffix in (".parquet", ".geoparquet", ".pq"):
+            try:
+                return gpd.read_parquet(path)
+            except ValueError:
+                return _from_table(pd.read_parquet(path), path)
         layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
         if layer is not None and layer not in layers:
             raise InputError(f"{path} has no layer {layer!r}; it has {', '.join(layers)}")
         if layer is None and len(layers) > 1:
             raise InputError(f"{path} has the layers {', '.join(layers)}; say which with layer=")
         frame = gpd.read_file(path, layer=layer)
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
-        raise InputError(f"cannot read labels from {path}: {str(error).splitlines()[0]}") from error
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, pyarrow.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0].split(";")[0]
+        raise InputError(f"cannot read labels from {path}: {reason}; wanted points or polygons") from error
     if not isinstance(frame, gpd.GeoDataFrame):
         raise InputError(f"{path} has no geometries; labels need places")
     return frame
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read text in columns: separators, and commas for points, are told by the first two lines."""
+    try:
+        with path.open(encoding="utf-8-sig") as text:
+            head, first = text.readline(), text.readline()
+        separator = max(",;\t|", key=head.count)
+        decimal = "," if separator != "," and re.search(r"\d,\d", first) else "."
+        separator = separator if separator in head else r"\s+"
+        return pd.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig", low_memory=False)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; save the table as CSV in UTF-8") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} is no table: {' '.join(str(error).split())}; wanted CSV with lon and lat") from None
+
+
+def _annotated(frame: gpd.GeoDataFrame) -> tuple[gpd.GeoDataFrame, list[str]]:
+    """Make columns of the fields of OlmoEarth's annotations, `oe_labels: {field: number}`; name them."""
+    if "oe_labels" not in frame or not frame["oe_labels"].map(lambda value: isinstance(value, str | dict)).all():
+        return frame, []
+    try:
+        stated = [json.loads(value) if isinstance(value, str) else value for value in frame["oe_labels"]]
+        fields = pd.DataFrame(stated, index=frame.index)
+    except (ValueError, TypeError):
+        return frame, []
+    return frame.drop(columns="oe_labels").assign(**fields), [str(name) for name in fields.columns]
+
+
+def _times(frame: gpd.GeoDataFrame, names: Sequence[str]) -> pd.Series[Any] | None:
+    """Read the first column of one of the names that tells times; NaT where it does not."""
+    by_name = {str(name).lower(): name for name in frame.columns}
+    for name in names:
+        if name in by_name and not is_numeric_dtype(frame[by_name[name]].dtype):
+            told: pd.Series[Any] = pd.to_datetime(frame[by_name[name]], errors="coerce", utc=True, format="ISO8601")
+            if told.notna().any():
+                return told
+    return None
 
 
 def _from_table(table: pd.DataFrame, path: Path) -> gpd.GeoDataFrame:

@@ -99,6 +99,8 @@ def _open_raster(path: Path) -> Layer:
             if len(scaling) > 1:
                 raise InputError(f"the bands of {path} have scales of their own; write one file per band")
             dtype, nodata = np.dtype(source.dtypes[0]), source.nodata
+            if dtype.kind == "c":
+                raise InputError(f"{path} holds complex numbers; write their amplitude or power to a file first")
     scale, offset = scaling.pop()
     found = [*[read_date(tags[tag]) for tag in _DATE_TAGS if tag in tags][:1], read_date(path.stem)]
     return Layer(

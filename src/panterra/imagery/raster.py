@@ -116,11 +116,26 @@ def grid_of(path: str | Path) -> GeoBox:
     with _reading(path) as source:
         placement = _placement(source)
         if placement.affine is not None:
-            return GeoBox((source.height, source.width), placement.affine, placement.crs)
+            box = GeoBox((source.height, source.width), placement.affine, placement.crs)
+            _check_degrees(box, path)
+            return box
         affine, width, height = calculate_default_transform(
             placement.crs, placement.crs, source.width, source.height, gcps=list(placement.points)
         )
         return GeoBox((height, width), affine, placement.crs)
+
+
+def _check_degrees(box: GeoBox, path: str | Path) -> None:
+    """Refuse coordinates that are no degrees, such as those of a UTM zone that was tagged as EPSG:4326."""
+    if box.crs is None or not box.crs.geographic:
+        return
+    west, south, east, north = box.boundingbox
+    # Global grids may reach half a pixel beyond the poles, and those over the antimeridian beyond 180.
+    if max(-west, east) > 540 or max(-south, north) > 91:
+        raise InputError(
+            f"{path} lies at {west:g}, {south:g} in {box.crs}, which are no degrees; give it the CRS that it is in, "
+            "for example with gdal_edit.py -a_srs"
+        )
 
 
 def dtype_of(path: str | Path) -> np.dtype[Any]:
@@ -329,7 +344,11 @@ def _handle(name: str) -> DatasetReader:
         key += (stat.st_mtime_ns, stat.st_size)
     handles: OrderedDict[tuple[Any, ...], DatasetReader] = _threads.__dict__.setdefault("handles", OrderedDict())
     if key not in handles:
-        handles[key] = rasterio.open(name)
+        opened = rasterio.open(name)
+        if not opened.count:
+            opened.close()
+            raise InputError(f"{name} has no bands; wanted a raster such as a GeoTIFF")
+        handles[key] = opened
         while len(handles) > MAX_OPEN or (len(handles) > 1 and sum(map(_block_bytes, handles.values())) > OPEN_BYTES):
             handles.popitem(last=False)[1].close()
     handles.move_to_end(key)

@@ -308,8 +308,9 @@ def make_item(
             ),
         )
     bands = [band for asset in item.assets.values() for band in asset.extra_fields.get("bands", ())]
-    if any("raster:scale" in band or "raster:offset" in band for band in bands):
-        item.stac_extensions.append("https://stac-extensions.github.io/raster/v2.0.0/schema.json")
+    for extension in ("eo", "raster"):
+        if any(key.startswith(f"{extension}:") for band in bands for key in band):
+            item.stac_extensions.append(f"https://stac-extensions.github.io/{extension}/v2.0.0/schema.json")
     return item
 
 
@@ -394,8 +395,11 @@ def _own_band(item: str, note: Mapping[str, Any], index: int, spec: Modality) ->
 
 def _band_dict(band: SceneBand, place: int, spec: Modality) -> dict[str, Any]:
     """Describe the band at a place of the list, counted from 1; its index in the file where that is another one."""
+    known = next((b for b in spec.bands if b.name == band.name), None)
     stated = {
         "name": band.name,
+        "eo:common_name": known.common if known else None,
+        "eo:center_wavelength": known.wavelength if known else None,
         INDEX: band.index if band.index != place else None,
         "unit": band.unit or spec.unit,
         # JSON has no NaN: STAC spells it as a string.

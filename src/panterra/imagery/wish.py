@@ -6,6 +6,7 @@ import datetime as dt
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ class Wish:
     s2cloudless: bool = False
     """Whether s2cloudless looks for clouds in Sentinel-2 level 1C, which has no mask."""
     orbit: Literal["ascending", "descending"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.best is not None and self.best < 1:
+            raise InputError(f"the best {self.best} dates were asked for; wanted 1 or more")
+        if not 0 <= self.max_cloud <= 100:
+            raise InputError(f"at most {self.max_cloud:g} % of clouds were asked for; wanted 0 to 100")
+        if not 0 <= self.grow_m < math.inf:
+            raise InputError(f"clouds cannot grow by {self.grow_m:g} m; wanted 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -153,6 +153,10 @@ def load_model(
     normalisation, for inputs that already had it. `attention` (OlmoEarth, see `panterra.models.olmoearth.Attend`) and
     `missing` (AnySat, see `panterra.models.anysat.Missing`) pick a published behaviour for parity. Raises InputError.
     """
+    for asked, value, known in (("attention", attention, get_args(Attend)), ("missing", missing, get_args(Missing))):
+        if value not in known:
+            raise InputError(f"{asked} is {value!r}; wanted one of {', '.join(known)}")
+    _check_device(device)
     name = str(name_or_path)
     if drawn := _DRAWN.fullmatch(name):
         name, random = drawn[1], int(drawn[2])
@@ -184,6 +188,15 @@ def load_model(
     model.normalized_input = normalized_input
     model.to(device=device, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(
+            f"PyTorch cannot compute on {str(device)!r} here; give cpu, or cuda where it sees a GPU"
+        ) from None
 
 
 def _ready_adapter(
