@@ -1,6 +1,8 @@
 """Products in int8: which, with what ranges, and how near to what they were."""
 
+import ctypes
 import json
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -12,7 +14,7 @@ from panterra.errors import InputError
 from panterra.mapping import export_int8
 from panterra.mapping.export import export, planet_samples
 from panterra.mapping.export_int8 import CALIBRATION, Calibration, input_ranges, quantise, whole_numbers
-from panterra.models.exported import open_exported
+from panterra.models.exported import compile_openvino, open_exported
 from panterra.planet import write_planet_scene
 from test_export import SHAPE, one_date, small_olmoearth
 
@@ -73,7 +75,6 @@ def layers(tmp_path):
 @needs_engine
 def test_products_behind_a_normalisation_are_quantised(layers, tmp_path):
     import onnx
-    import openvino
 
     path, compute = layers
     x = np.random.default_rng(2).normal(size=(200, 64)).astype(np.float32)
@@ -86,10 +87,33 @@ def test_products_behind_a_normalisation_are_quantised(layers, tmp_path):
     graph = onnx.load(tmp_path / "int8.onnx").graph
     kinds = {t.name: t.data_type for t in graph.initializer if t.name in ("a", "b.quantised", "c.quantised", "b", "c")}
     assert kinds == {"a": 1, "b.quantised": 3, "c.quantised": 3}
-    y = openvino.Core().compile_model(tmp_path / "int8.onnx", "CPU")({"x": x})[0]
+    y = compile_openvino(tmp_path / "int8.onnx", {})({"x": x})[0]
     error = np.abs(y - wanted["y"]).max() / wanted["y"].std()
     assert 1e-4 < error < 0.1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["int8.onnx", "layers.onnx"]
+
+
+class SignalStack(ctypes.Structure):
+    """What `sigaltstack` tells."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack():
+    """Measure the stack of this thread for signals, 0 where it has none of its own."""
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.sp, stack.size
+
+
+@needs_engine
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_openvino_leaves_the_callers_signals_alone(tmp_path):
+    """With its small stack a worker that ended, or Ctrl-C, killed the process."""
+    before = signal_stack()
+    exported, _ = export(small_olmoearth(), tmp_path / "out", engine="openvino", **SHAPE)
+    exported.encode(planet_samples(exported.signature), patch_m=exported.signature.patch_m)
+    assert signal_stack() == before
 
 
 @needs_engine

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from panterra.models.exported import compile_openvino
 from panterra.sample import Batch
 
 CALIBRATION = 16
@@ -70,7 +71,6 @@ def products(graph: Any) -> list[Any]:
 def input_ranges(model: Any, names: Iterable[str], seen: Iterable[Mapping[str, np.ndarray]], beside: Path) -> Ranges:
     """Run a model on inputs and give the least and largest value of tensors; its graph goes to a file `beside`."""
     import onnx
-    import openvino
 
     watched, names = onnx.ModelProto(), sorted(names)
     watched.CopyFrom(model)
@@ -81,7 +81,7 @@ def input_ranges(model: Any, names: Iterable[str], seen: Iterable[Mapping[str, n
             watched.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, []))
     onnx.save(watched, beside)
     del watched
-    run = openvino.Core().compile_model(beside, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = compile_openvino(beside, {"INFERENCE_PRECISION_HINT": "f32"})
     beside.unlink()
     rows = []
     for inputs in seen:

@@ -294,14 +294,12 @@ def _open_onnx(path: Path, dtype: Precision) -> Run:
 
 
 def _open_openvino(path: Path, dtype: Precision) -> Run:
-    import openvino
-
     # Without the hint the processor's fastest type is taken, which is less exact than what was asked for.
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = openvino.Core().compile_model(path, "CPU", hints)
+    compiled = compile_openvino(path, hints)
 
     def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         result = compiled({name: x.numpy() for name, x in inputs.items()})
@@ -309,6 +307,19 @@ def _open_openvino(path: Path, dtype: Precision) -> Run:
         return patches, summary, valid
 
     return run
+
+
+def compile_openvino(path: Path, hints: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], Any]:
+    """Compile a model for the processor, in a thread of its own that also runs it.
+
+    OpenVINO leaves the thread that compiles a small stack for signals, which a handler of Python's overflows: a worker
+    that ends, or Ctrl-C, would kill the process.
+    """
+    import openvino
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="openvino")
+    compiled = thread.submit(lambda: openvino.Core().compile_model(path, "CPU", dict(hints))).result()
+    return lambda inputs: thread.submit(compiled, inputs).result()
 
 
 OPENERS: Mapping[Engine, Callable[[Path, Precision], Run]] = {
