@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from panterra.files import unfinished, write_whole
+from panterra.files import unfinished, unfinished_folder, write_whole
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -56,3 +56,22 @@ def test_a_kill_leaves_what_was_there(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.glob(".a.txt.*.tmp")] != []
+
+
+def test_a_folder_takes_the_place_of_an_older_one_or_leaves_it(tmp_path):
+    path = tmp_path / "deep" / "model"
+    with unfinished_folder(path) as fresh:
+        (fresh / "first").write_text("1")
+        assert not path.exists()
+
+    def write_half(fresh):
+        (fresh / "second").write_text("2")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), unfinished_folder(path) as fresh:
+        write_half(fresh)
+    assert [file.name for file in path.iterdir()] == ["first"]
+    with unfinished_folder(path) as fresh:
+        (fresh / "third").write_text("3")
+    assert [file.name for file in path.iterdir()] == ["third"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["model"]

@@ -1,6 +1,8 @@
-"""Files that are whole from the moment they have their name."""
+"""Files and folders that are whole from the moment they have their name."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,25 @@ def unfinished(path: Path, *, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside `path` that takes its name, in place of an older one, when the block ends.
+
+    After an error nothing is left of it, and `path` is as it was; a killed process leaves `.<name>.<letters>`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        if path.exists():
+            shutil.rmtree(path)
+        fresh.rename(path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
 
 
 def write_whole(path: Path, content: str | bytes, *, sync: bool = False) -> Path:

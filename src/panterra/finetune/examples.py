@@ -21,7 +21,15 @@ from panterra.evaluate import splits
 from panterra.evaluate.probes import ProbeClass
 from panterra.finetune.pairs import Periods, pair_up
 from panterra.finetune.tasks import Task, kind_of, task_of
-from panterra.imagery.labels import Labels, LabelSamples, distinct_colours, fits_dates, read_labels, sample_labels
+from panterra.imagery.labels import (
+    Labels,
+    LabelSamples,
+    distinct_colours,
+    fits_dates,
+    picked,
+    read_labels,
+    sample_labels,
+)
 from panterra.imagery.stac import Scene, pixel_metres
 from panterra.modalities import MODALITIES
 
@@ -230,7 +238,7 @@ def _dated(labels: Labels, fits: Bool[np.ndarray, " n"]) -> Iterator[tuple[None,
     if fits.all():
         yield None, labels, None
     elif fits.any():
-        yield None, replace(labels, frame=labels.frame[fits].reset_index(drop=True)), np.flatnonzero(fits)
+        yield None, picked(labels, fits), np.flatnonzero(fits)
 
 
 def _by_periods(
@@ -244,7 +252,7 @@ def _by_periods(
         raise InputError(f"{len(periods)} pairs of periods came for {len(labels.frame)} labels; give each its own")
     for span in dict.fromkeys(periods):
         number = np.array([i for i, own in enumerate(periods) if own == span])
-        yield span, replace(labels, frame=labels.frame.iloc[number].reset_index(drop=True)), number
+        yield span, picked(labels, number), number
 
 
 def deal(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, ProbeClass
+from panterra.files import unfinished_folder
 from panterra.finetune.boxes import first_guess
 from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.pairs import PARTS, Periods, compare, pair_up
@@ -327,10 +326,7 @@ class FineTuned(nn.Module):
         if not isinstance(self.encoder, Model):
             raise InputError(f"{cast(Encoder, self.encoder).name} is of a family that cannot be saved with its weights")
         check_free(folder, overwrite=overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            fresh.chmod(0o755)
+        with unfinished_folder(folder) as fresh:
             save_model(self.encoder, fresh / ENCODER)
             tensors = {key: value.contiguous() for key, value in self._own_state().items()}
             save_file(tensors, fresh / "model.safetensors")
@@ -343,12 +339,6 @@ class FineTuned(nn.Module):
             text = json.dumps(as_plain(config), indent=1, allow_nan=False)
             for name, content in {"config.json": text + "\n", **others}.items():
                 (fresh / name).write_text(content, encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            fresh.rename(folder)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
         return folder
 
     def _own_state(self) -> dict[str, Tensor]:

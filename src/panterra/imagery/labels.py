@@ -138,7 +138,12 @@ def of_dates(labels: Labels, dates: Sequence[dt.date]) -> tuple[Labels, int]:
     kept = fits_dates(labels, dates)
     if kept.all():
         return labels, 0
-    return replace(labels, frame=labels.frame[kept].reset_index(drop=True)), int((~kept).sum())
+    return picked(labels, kept), int((~kept).sum())
+
+
+def picked(labels: Labels, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Labels:
+    """Keep some features, by truth or by number."""
+    return replace(labels, frame=labels.frame.iloc[which].reset_index(drop=True))
 
 
 def fits_dates(labels: Labels, dates: Sequence[dt.date]) -> npt.NDArray[np.bool_]:

@@ -16,8 +16,9 @@ from panterra.modalities import Band, Modality
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.anysat_attention import Layout
 from panterra.models.anysat_sensors import NEW_SENSORS, SENSORS, Sensor
-from panterra.models.anysat_statistics import Statistics
+from panterra.models.anysat_statistics import as_json, statistics_from_json
 from panterra.models.convert import check_fit, open_state_dict
+from panterra.plain import as_lists, as_tuples
 
 ANYSAT_LICENCE = "MIT"
 FORMAT = "panterra-anysat-1"
@@ -161,8 +162,8 @@ def anysat_json(model: AnySat) -> dict[str, Any]:
         "format": FORMAT,
         "name": model.name,
         "licence": model.licence,
-        "config": _plain(asdict(model.config)),
-        "statistics": {name: _plain(asdict(found)) for name, found in model.statistics.items()},
+        "config": as_lists(asdict(model.config)),
+        "statistics": {name: as_json(found) for name, found in model.statistics.items()},
     }
 
 
@@ -173,7 +174,7 @@ def anysat_from_json(saved: Mapping[str, Any], *, name: str) -> AnySat:
     try:
         config = dict(saved["config"])
         config["sensors"] = tuple(sensor_from(sensor) for sensor in config["sensors"])
-        statistics = {key: Statistics(**_tuples(value)) for key, value in saved["statistics"].items()}
+        statistics = {key: statistics_from_json(value) for key, value in saved["statistics"].items()}
         with torch.random.fork_rng(devices=[]):
             model = AnySat(AnySatConfig(**config), name=name, statistics=statistics)
     except (KeyError, TypeError, AttributeError) as error:
@@ -184,20 +185,8 @@ def anysat_from_json(saved: Mapping[str, Any], *, name: str) -> AnySat:
 
 def sensor_from(saved: Mapping[str, Any]) -> Sensor:
     """Make a sensor again from its fields as JSON gives them."""
-    fields = _tuples(saved)
+    fields = as_tuples(saved)
     if (row := fields["declared"]) is not None:
         row = {**row, "bands": tuple(Band(**band) for band in row["bands"])}
         fields["declared"] = Modality(**row)
     return Sensor(**fields)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tuples(part) for key, part in value.items()}
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.models.anysat_sensors import SENSORS, Sensor, read_channels, sensor_of
+from panterra.plain import as_lists, as_tuples
 from panterra.sample import Batch
 
 
@@ -115,11 +116,10 @@ def fit_statistics(
 
 def as_json(statistics: Statistics) -> dict[str, Any]:
     """Turn statistics into plain JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(statistics).items()}
+    plain: dict[str, Any] = as_lists(asdict(statistics))
+    return plain
 
 
 def statistics_from_json(saved: Mapping[str, Any]) -> Statistics:
-    """Undo `as_json`."""
-    return Statistics(
-        channels=tuple(saved["channels"]), mean=tuple(saved["mean"]), std=tuple(saved["std"]), count=saved["count"]
-    )
+    """Undo `as_json`. Raises TypeError for other fields."""
+    return Statistics(**as_tuples(saved))

@@ -29,6 +29,7 @@ from panterra.models.exported import Exported, open_exported
 from panterra.models.features import Encoder
 from panterra.models.olmoearth import SIZES, Attend, OlmoEarth, OlmoEarthConfig, released_config
 from panterra.models.sub_patches import SubPatches
+from panterra.plain import as_lists, as_tuples
 
 OLMOEARTH_LICENCE = "OlmoEarth Artifact License"
 OLMOEARTH_TERMS = (
@@ -366,7 +367,7 @@ def _olmoearth_json(model: OlmoEarth) -> dict[str, Any]:
         "format": OLMOEARTH_FORMAT,
         "name": model.name,
         "licence": model.licence,
-        "config": _plain(asdict(model.config)),
+        "config": as_lists(asdict(model.config)),
     }
 
 
@@ -382,24 +383,12 @@ def _olmoearth_from_json(saved: Mapping[str, Any], *, name: str) -> OlmoEarth:
 
 def _architecture(saved: Mapping[str, Any]) -> OlmoEarthConfig:
     """Read the architecture from what `save_model` writes to `config.json`."""
-    return OlmoEarthConfig(**_tuples(saved["config"]))
+    return OlmoEarthConfig(**as_tuples(saved["config"]))
 
 
 def _build(config: OlmoEarthConfig, name: str) -> OlmoEarth:
     with torch.random.fork_rng(devices=[]):
         return OlmoEarth(config, name=name)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _write(path: Path, writer: Any) -> None:

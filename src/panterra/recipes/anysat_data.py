@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from panterra.data.labelled import LabelledSet, open_labelled
 from panterra.errors import InputError
 from panterra.models.anysat_sensors import Sensor, sensor_of
-from panterra.models.anysat_statistics import Statistics, fit_statistics
+from panterra.models.anysat_statistics import Statistics, as_json, fit_statistics, statistics_from_json
 from panterra.recipes.anysat import AnySatRecipe
 from panterra.sample import Batch
 
@@ -66,10 +66,7 @@ def kept_statistics(
     path = out / STATISTICS
     if path.exists():
         held = json.loads(path.read_text())
-        return {
-            name: {sensor: Statistics(**{**s, **_tuples(s)}) for sensor, s in found.items()}
-            for name, found in held.items()
-        }
+        return {name: {sensor: statistics_from_json(s) for sensor, s in found.items()} for name, found in held.items()}
     sensors = {sensor.name: sensor for sensor in recipe.encoder.sensors}
     fitted = {
         name: fit_statistics(batches_of(chosen, sensors, looked_at=looked_at), sensors, by_sample=recipe.published)
@@ -77,13 +74,9 @@ def kept_statistics(
     }
     out.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({n: {k: asdict(s) for k, s in found.items()} for n, found in fitted.items()}, indent=1))
+    part.write_text(json.dumps({n: {k: as_json(s) for k, s in found.items()} for n, found in fitted.items()}, indent=1))
     part.replace(path)
     return fitted
-
-
-def _tuples(statistics: Mapping[str, list[float]]) -> dict[str, tuple[float, ...]]:
-    return {key: tuple(statistics[key]) for key in ("channels", "mean", "std")}
 
 
 def batches_of(samples: LabelledSet, sensors: Mapping[str, Sensor], *, looked_at: int) -> Iterator[Batch]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.files import unfinished_folder
 
 Kind = Literal["logistic", "ridge", "knn"]
 Task = Literal["classes", "values"]
@@ -111,19 +110,10 @@ class Probe:
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - _FILES):
             raise InputError(f"{folder} exists and is more than a probe; choose another name or move it away")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            fresh.chmod(0o755)
+        with unfinished_folder(folder) as fresh:
             text = json.dumps(self._config(), indent=2, allow_nan=False)
             (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
             save_file({name: t.cpu().contiguous() for name, t in self.tensors.items()}, fresh / "model.safetensors")
-            if folder.exists():
-                shutil.rmtree(folder)
-            fresh.rename(folder)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
         return folder
 
     def _config(self) -> dict[str, Any]:
