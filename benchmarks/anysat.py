@@ -3,12 +3,14 @@
     python benchmarks/anysat.py                            # every case, base size, one thread
     python benchmarks/anysat.py --cases 0 1 --rounds 9     # two cases
     python benchmarks/anysat.py --work training            # a forward and a backward pass in training mode
+    python benchmarks/anysat.py --kinds plain float32 int8 --cases 0 1 2 3 4    # exported in int8 too
 
 One JSON line per case. Times are processor time, which minds less what else the machine does: medians over interleaved
 rounds, and speed-ups are medians of the ratios of one round. Memory is the growth of the process's peak while one call
 runs, each in a process of its own. "of_peak" is the rate of the operations that a variant needs over this machine's
-rate of float32 matrix products (2,048 x 768 by 768 x 3,072), measured in the same rounds. Exported encoders, in int8
-too, are in `benchmarks/export.py`.
+rate of float32 matrix products (2,048 x 768 by 768 x 3,072), measured in the same rounds. "int8" is what
+`panterra export --format openvino --dtype int8` writes for the case, ranges fitted to the planet; other exports are in
+`benchmarks/export.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import multiprocessing as mp
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,9 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anysat_plain import PlainAnySat
+from panterra.mapping.export import export
+from panterra.mapping.export_looks import planet_samples
+from panterra.modalities import MODALITIES
 from panterra.models.anysat import AnySat, Encoded, anysat_config
 from panterra.models.anysat_projectors import Input
 from panterra.models.anysat_sensors import SENSORS
+from panterra.models.exported import Signature
+from panterra.sample import Batch, Observation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +113,8 @@ CASES = {
 }
 KINDS = ("plain", "float32", "tile", "bfloat16")
 """tile: float32 without the patches' vectors, in encoding alone."""
+MODALITY = {"aerial": "aerial", "s2": "sentinel2_l2a", "s1-asc": "sentinel1"}
+"""Of the cases' sensors."""
 
 
 def make_model(size: str) -> AnySat:
@@ -123,10 +134,37 @@ def rows(out: Encoded) -> Tensor:
     return torch.cat([out.tile[:, None], out.patches.flatten(1, 2)], dim=1)
 
 
+def exported(model: AnySat, case: Case) -> Callable[[], Any]:
+    """Write the model as OpenVINO's int8 for the case, and give a call of that."""
+    images = tuple(MODALITY[name] for name in case.sensors)
+    dates, side = max(dates for dates, _ in case.sensors.values()), min(side for _, side in case.sensors.values())
+    signature = Signature(modalities=images, dates=dates, window_px=side, patch_m=10.0 * case.scale, batch=case.batch)
+    model = copy(model)
+    model.normalized_input = False
+    model = model.with_statistics(model.fit_statistics([planet_samples(signature)]))
+    shape = {name: getattr(signature, name) for name in ("modalities", "dates", "window_px", "patch_m", "batch")}
+    with TemporaryDirectory() as folder:
+        found, equality = export(model, Path(folder) / "int8", engine="openvino", dtype="int8", **shape)
+    print(f"# least cosine {equality.min_cosine:.5f}", flush=True)
+    observations = {}
+    for m in images:
+        pixels = torch.randn(case.batch, *signature.shape(m), generator=torch.Generator().manual_seed(0))
+        for i, band in enumerate(MODALITIES[m].band_names):
+            mean, std = model.statistics_of(m).get(band, (0.0, 1.0))
+            pixels[:, :, i] = pixels[:, :, i] * std + mean
+        days = torch.linspace(19480, 19840, pixels.shape[1]).long().expand(case.batch, -1)
+        valid = torch.ones(pixels[:, :, 0].shape, dtype=torch.bool)
+        observations[m] = Observation(pixels=pixels, dates=days, valid=valid)
+    batch = Batch(observations=observations, pixel_m=signature.pixel_m)
+    return lambda: found.encode(batch, patch_m=signature.patch_m)
+
+
 def encoder(model: AnySat, case: Case, kind: str) -> Callable[[], Any]:
     """Give a call that encodes the case."""
     if kind == "plain":
         return plain_forward(model, case)[1]
+    if kind == "int8":
+        return exported(model, case)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     return partial(model.to(dtype), case.inputs(dtype), scale=case.scale, patches=kind != "tile")
 
@@ -188,7 +226,8 @@ def product_rate(dtype: torch.dtype) -> float:
 
 def measure(label: str, args: argparse.Namespace) -> dict[str, Any]:
     case, training = CASES[label], args.work == "training"
-    kinds = [kind for kind in args.kinds if not (training and kind == "tile")]
+    left_out = {"tile", "int8"} if training else {"int8"} if case.padded else set()
+    kinds = [kind for kind in args.kinds if kind not in left_out]
     build = trainer if training else encoder
     calls: dict[str, Callable[[], Any]] = {kind: build(make_model(args.size), case, kind) for kind in kinds}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -209,7 +248,7 @@ def measure(label: str, args: argparse.Namespace) -> dict[str, Any]:
         if kind != "plain":
             ratios = (a / b for a, b in zip(times["plain"], times[kind], strict=True))
             row[f"{kind}_speedup"] = round(statistics.median(ratios), 2)
-        if not training and kind != "bfloat16":
+        if not training and kind not in ("bfloat16", "int8"):
             work = gigaflops(args.size, case, kind)
             row |= {f"{kind}_gflop": round(work, 1), f"{kind}_of_peak": round(work / median / rate, 3)}
     if args.memory:
@@ -247,7 +286,9 @@ def main() -> None:
     parser.add_argument("--work", choices=("encoding", "training"), default="encoding")
     parser.add_argument("--size", default="base")
     parser.add_argument("--cases", nargs="+", type=int, default=list(range(len(CASES))))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="plain and float32 among them")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=(*KINDS, "int8"), default=list(KINDS), help="plain and float32 among them"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from panterra.mapping.export import planet_samples
+from panterra.mapping.export_looks import planet_samples
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.exported import Signature
 from panterra.models.olmoearth import OlmoEarth, released_config

@@ -12,7 +12,8 @@ import panterra
 from panterra.commands import export as command
 from panterra.errors import InputError
 from panterra.mapping import export as module
-from panterra.mapping.export import export, planet_samples
+from panterra.mapping.export import export
+from panterra.mapping.export_looks import planet_samples
 from panterra.mapping.run import embed
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.exported import Exported

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from panterra.errors import InputError
-from panterra.mapping.export import planet_samples
 from panterra.mapping.export_graphs import calendar, day_of_year, graph_of
+from panterra.mapping.export_looks import planet_samples
 from panterra.models import anysat_sensors
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.exported import Signature, prepare, time_axis

@@ -3,7 +3,9 @@
 import ctypes
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,21 @@ import torch
 from panterra.commands.export import scene_windows
 from panterra.errors import InputError
 from panterra.mapping import export_int8
-from panterra.mapping.export import export, planet_samples
-from panterra.mapping.export_int8 import CALIBRATION, Calibration, input_ranges, quantise, whole_numbers
-from panterra.models.exported import compile_openvino, open_exported
+from panterra.mapping.export import export
+from panterra.mapping.export_int8 import (
+    Range,
+    fit_range,
+    input_ranges,
+    products,
+    quantise,
+    replace_products,
+    whole_numbers,
+)
+from panterra.mapping.export_looks import CALIBRATION, PIXELS, Calibration, _planet, planet_samples
+from panterra.modalities import MODALITIES
+from panterra.models.anysat_statistics import Moments
+from panterra.models.exported import Signature, compile_openvino, open_exported
+from panterra.models.weights import load_model
 from panterra.planet import write_planet_scene
 from test_export import SHAPE, one_date, small_olmoearth
 
@@ -80,9 +94,13 @@ def test_products_behind_a_normalisation_are_quantised(layers, tmp_path):
     x = np.random.default_rng(2).normal(size=(200, 64)).astype(np.float32)
     seen = [{"x": x[i : i + 50]} for i in range(0, 200, 50)]
     wanted = compute(x)
-    ranges = input_ranges(onnx.load(path), ["normed", "second"], seen, tmp_path / "watched.onnx")
+    model = onnx.load(path)
+    ranges = input_ranges(model, products(model.graph), seen, tmp_path / "watched.onnx")
+    assert ranges.keys() == {"normed", "second"}
     for name, found in ranges.items():
-        np.testing.assert_allclose(found, (wanted[name].min(), wanted[name].max()), rtol=1e-4)
+        taken = 0 if found.shift is None else wanted[name].mean(0)
+        values = wanted[name] - taken
+        np.testing.assert_allclose((found.low, found.high), (values.min(), values.max()), rtol=1e-4)
     assert quantise(path, seen, tmp_path / "int8.onnx") == 2
     graph = onnx.load(tmp_path / "int8.onnx").graph
     kinds = {t.name: t.data_type for t in graph.initializer if t.name in ("a", "b.quantised", "c.quantised", "b", "c")}
@@ -91,6 +109,61 @@ def test_products_behind_a_normalisation_are_quantised(layers, tmp_path):
     error = np.abs(y - wanted["y"]).max() / wanted["y"].std()
     assert 1e-4 < error < 0.1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["int8.onnx", "layers.onnx"]
+
+
+def test_a_range_leaves_out_what_all_have_in_common_where_that_is_much():
+    low, high, mean = np.array([[[0.0, 5], [-1, 4]], [[1.0, 7], [1, 6]], [[0.5, 6], [0, 5]]])
+    found = fit_range(low, high, mean)
+    np.testing.assert_array_equal(found.shift, [0.25, 5.5])
+    assert (found.low, found.high) == (-1.5, 1.5)  # of the second channel, as the first spans -1.25 to 0.75
+    # As ReLU gives: all start at 0, so taking the means off would only spread the ends.
+    found = fit_range(np.zeros((1, 2)), np.array([[4.0, 4]]), np.array([[1.0, 2]]))
+    assert (found.low, found.high, found.shift) == (0, 4, None)
+
+
+@needs_engine
+def test_inputs_that_are_much_alike_lose_less(layers, tmp_path):
+    import onnx
+
+    path, compute = layers
+    draw = np.random.default_rng(3)
+    x = (draw.normal(size=64) + 0.05 * draw.normal(size=(200, 64))).astype(np.float32)
+    seen = [{"x": x[:150]}]
+    wanted = compute(x)["y"][150:]
+
+    def error(file: Path) -> float:
+        return float(np.square(compile_openvino(file, {})({"x": x[150:]})[0] - wanted).mean())
+
+    quantise(path, seen, tmp_path / "int8.onnx")
+    model = onnx.load(path)
+    found = products(model.graph)
+    ranges = input_ranges(model, found, seen, tmp_path / "watched.onnx")
+    assert all(given.shift is not None for given in ranges.values())
+    values = {"normed": compute(x[:150])["normed"], "second": compute(x[:150])["second"]}
+    whole = {name: Range(low=float(v.min()), high=float(v.max())) for name, v in values.items()}
+    replace_products(model.graph, found, whole)
+    onnx.save(model, tmp_path / "whole.onnx")
+    assert error(tmp_path / "int8.onnx") < 0.5 * error(tmp_path / "whole.onnx")
+
+
+def test_the_planet_comes_in_units_of_the_data_that_a_model_knows():
+    signature = Signature(modalities=("sentinel2_l2a", "sentinel1"), dates=4, window_px=1, patch_m=10, batch=8)
+    model = load_model("anysat-tiny", random=0)
+    statistics = model.fit_statistics([planet_samples(replace(signature, window_px=24))])
+    at = statistics["s2"]["channels"].index("B08")
+    statistics["s2"]["mean"][at], statistics["s2"]["std"][at] = 30_000.0, 70.0
+    model = model.with_statistics(statistics)
+    batches = _planet(model, signature)
+    assert len(batches) == PIXELS
+    moments = Moments(12)
+    for batch in batches:
+        moments.add(batch.observations["sentinel2_l2a"].pixels, batch.observations["sentinel2_l2a"].valid)
+    found = moments.close(MODALITIES["sentinel2_l2a"].band_names)
+    wanted = model.statistics_of("sentinel2_l2a")
+    assert wanted["B08"] == (30_000.0, 70.0)
+    for band, mean, std in zip(found.channels, found.mean, found.std, strict=True):
+        if band in wanted:  # AnySat leaves out two
+            assert (mean, std) == pytest.approx(wanted[band], rel=1e-3)
 
 
 class SignalStack(ctypes.Structure):

@@ -15,7 +15,7 @@ from panterra.evaluate.probes import load_probe
 from panterra.imagery.stac import open_scene
 from panterra.mapping.areas import common_grid
 from panterra.mapping.export import export as export_encoder
-from panterra.mapping.export_int8 import CALIBRATION, Calibration
+from panterra.mapping.export_looks import CALIBRATION, Calibration
 from panterra.mapping.standards import in_blocks
 from panterra.models.exported import Engine, Exported, Precision
 from panterra.models.features import Fitted

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from affine import Affine
-from odc.geo.geobox import GeoBox
 from torch import Tensor
 
 import panterra
 from panterra.errors import InputError
 from panterra.mapping.export_graphs import graph_of
-from panterra.mapping.export_int8 import CALIBRATION, Calibration, quantise
+from panterra.mapping.export_int8 import quantise
+from panterra.mapping.export_looks import Calibration, example_inputs, looks, planet_samples
 from panterra.modalities import MODALITIES
 from panterra.models.anysat import AnySat
 from panterra.models.anysat_sensors import Sensor, sensor_of
@@ -42,18 +41,13 @@ from panterra.models.exported import (
     Signature,
     file_checksum,
     open_exported,
-    prepare,
 )
 from panterra.models.features import Features
 from panterra.models.olmoearth import OlmoEarth
 from panterra.models.weights import MODELS, Model, passport
-from panterra.planet import CRS, SENSORS, Planet
-from panterra.sample import Batch, Observation, collate, to_date
 
 OPSET = 18
 """Of ONNX: old enough for every engine of the last years."""
-SAMPLES = 4
-"""How many samples an export is compared on: as imaged, with holes, with dates and a modality absent, without data."""
 MAX_DIFFERENCE = 1e-3
 """What float32 exports may differ from the encoder by, as a share of its features' root mean square."""
 MIN_COSINE: Mapping[Precision, float] = {"float32": 0.99999, "bfloat16": 0.98, "int8": 0.95}
@@ -195,43 +189,6 @@ def compare(wanted: Features, found: Features, dtype: Precision) -> Equality:
     )
 
 
-def planet_samples(signature: Signature) -> Batch:
-    """Image the planet as an export takes it: once as it is, once with holes, once with less, once without any data.
-
-    Of a modality that the planet does not show, pixels are drawn from what is plausible.
-    """
-    samples = collate([_look(signature, place) for place in range(SAMPLES)])
-    absent = signature.modalities[-1] if len(signature.modalities) > 1 else None
-    for m, o in samples.observations.items():
-        height, width = o.valid.shape[-2:]
-        o.valid[1, 0, : height // 3], o.valid[1, -1, :, width // 2 :] = False, False
-        o.valid[2, -1] = False
-        o.valid[2, :] &= m != absent
-        o.valid[3] = False
-        o.pixels[:] = torch.where(o.valid[:, :, None], o.pixels, torch.nan)
-    return samples
-
-
-def _look(signature: Signature, place: int) -> Batch:
-    planet, generator = Planet(seed=7, clouds=0.2), torch.Generator().manual_seed(place)
-    observations = {}
-    for order, m in enumerate(signature.modalities):
-        t, c, h, w = signature.shape(m)
-        # Two sensors rarely look on one day: some of their images share a slot of the time axis, and some do not.
-        days = [19480 + 365 * i // t + (3 + 17 * place) * order for i in range(t)]
-        pixel = signature.window_px * signature.pixel_m / h
-        if m in SENSORS:
-            ground = planet.ground(GeoBox((h, w), Affine(pixel, 0, 460000 + 20000 * place, 0, -pixel, 5295740), CRS))
-            images = [planet.observe(m, ground, to_date(day)) for day in days]
-            pixels, valid = (torch.from_numpy(np.stack(parts)) for parts in zip(*images, strict=True))
-        else:
-            low, high = MODALITIES[m].plausible or (0.0, 1.0)
-            pixels = low + (high - low) * torch.rand(t, c, h, w, generator=generator)
-            valid = torch.ones(t, h, w, dtype=torch.bool)
-        observations[m] = Observation(pixels=pixels[None].float(), dates=torch.tensor([days]), valid=valid[None])
-    return Batch(observations=observations, pixel_m=signature.pixel_m)
-
-
 def _check_request(engine: Engine, dtype: Precision, out: Path, *, overwrite: bool) -> None:
     if engine not in ENGINES:
         raise InputError(f"no format {engine!r}; choose one of {', '.join(ENGINES)}")
@@ -315,14 +272,14 @@ def _trace(
 
 
 def _write_torch(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
-    inputs = _inputs(model, signature)
+    inputs = example_inputs(model, signature)
     if dtype == "bfloat16":
         model = copy.deepcopy(model).to(torch.bfloat16)
     torch.export.save(_trace(model, signature, inputs, in_steps=False), path)
 
 
 def _write_onnx(model: Model, signature: Signature, path: Path, dtype: Precision) -> None:
-    inputs = _inputs(model, signature)
+    inputs = example_inputs(model, signature)
     torch.onnx.export(
         _trace(model, signature, inputs, in_steps=True),
         f=path,
@@ -382,7 +339,7 @@ def _quantise_openvino(
 
     def seen() -> Iterator[dict[str, np.ndarray]]:
         nonlocal windows
-        for inputs, real in _looks(model, signature, calibration):
+        for inputs, real in looks(model, signature, calibration):
             windows += real
             yield {name: x.numpy() for name, x in inputs.items()}
 
@@ -391,39 +348,10 @@ def _quantise_openvino(
     _convert(whole, path)
     return {
         "weights": WEIGHTS,
-        "inputs": "uint8, one range per tensor, from the least to the largest value seen",
+        "inputs": "uint8, one range per tensor of all values seen, less their channels' means where that is narrower",
         "products": num,
         "seen": {"source": calibration.source if calibration else "planet", "windows": windows},
     }
-
-
-def _looks(
-    model: Model, signature: Signature, calibration: Calibration | None
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Give inputs to fit ranges to, as many at a time as the graph takes, and how many of them are no filling."""
-    size = signature.batch or 1
-    if calibration is None:
-        batches: Iterable[Batch] = (_look(signature, place) for place in range(SAMPLES, SAMPLES + CALIBRATION))
-    else:
-        batches = calibration.batches
-    days = model.align_days if isinstance(model, OlmoEarth) else None
-    prepared = (prepare(batch, signature, align_days=days, name=model.name) for batch in batches)
-    waiting: dict[str, Tensor] = {}
-    for inputs in prepared:
-        waiting = {name: torch.cat([waiting[name], x]) if waiting else x for name, x in inputs.items()}
-        while len(next(iter(waiting.values()))) >= size:
-            yield {name: x[:size] for name, x in waiting.items()}, size
-            waiting = {name: x[size:] for name, x in waiting.items()}
-    if waiting and (held := len(next(iter(waiting.values())))):
-        yield {name: x[torch.arange(size) % held] for name, x in waiting.items()}, held
-
-
-def _inputs(model: Model, signature: Signature) -> dict[str, Tensor]:
-    """Image some places as the graph takes them."""
-    count = signature.batch or 2  # 1 would be taken for a size that never changes
-    samples = collate([_look(signature, place) for place in range(count)])
-    days = model.align_days if isinstance(model, OlmoEarth) else None
-    return prepare(samples, signature, align_days=days, name=model.name)
 
 
 _WRITERS: Mapping[Engine, Callable[[Model, Signature, Path, Precision], None]] = {

@@ -14,38 +14,41 @@ from typing import Any
 import numpy as np
 
 from panterra.models.exported import compile_openvino
-from panterra.sample import Batch
 
-CALIBRATION = 16
-"""How many windows the ranges are fitted to."""
-NARROW = 64
+NARROW = 128
 """Products with fewer channels on either side stay as they are: turning their inputs takes as long as they do."""
 NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 
-Ranges = dict[str, tuple[float, float]]
-"""Of a tensor by its name, 0 inside."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """Images that ranges are fitted to, in windows of the export's size."""
+class Range:
+    """Between what values a tensor is rounded."""
 
-    source: str
-    """Where they are from, for the record."""
-    batches: Iterable[Batch]
+    low: float
+    """0 or below."""
+    high: float
+    """0 or above."""
+    shift: np.ndarray | None = None
+    """Of each channel [C], taken from it before; None takes nothing."""
+
+
+Ranges = Mapping[str, Range]
+"""Of tensors by their names."""
 
 
 def quantise(path: Path, seen: Iterable[Mapping[str, np.ndarray]], out: Path) -> int:
     """Write the graph of a file with its products in int8, and say how many there are.
 
-    Ranges span all that occurs in the inputs `seen`.
+    Ranges span all that occurs in the inputs `seen`, with the channels' means taken off where that is narrower: tokens
+    are much alike, so most of what a norm or attention gives is the same for all (Wei et al. 2023, Outlier
+    Suppression+).
     """
     import onnx
 
     model = onnx.load(path)
     model.graph.ClearField("value_info")  # shapes that the exporter's own clean-up made untrue
     found = products(model.graph)
-    replace_products(model.graph, found, input_ranges(model, {node.input[0] for node in found}, seen, out))
+    replace_products(model.graph, found, input_ranges(model, found, seen, out))
     onnx.save(model, out)
     return len(found)
 
@@ -68,28 +71,43 @@ def products(graph: Any) -> list[Any]:
     return found
 
 
-def input_ranges(model: Any, names: Iterable[str], seen: Iterable[Mapping[str, np.ndarray]], beside: Path) -> Ranges:
-    """Run a model on inputs and give the least and largest value of tensors; its graph goes to a file `beside`."""
+def input_ranges(model: Any, found: Iterable[Any], seen: Iterable[Mapping[str, np.ndarray]], beside: Path) -> Ranges:
+    """Run a model on inputs and fit the ranges of what its products multiply; its graph goes to a file `beside`."""
     import onnx
 
-    watched, names = onnx.ModelProto(), sorted(names)
+    watched, helper = onnx.ModelProto(), onnx.helper
     watched.CopyFrom(model)
-    for name in names:
-        for reduce, end in (("ReduceMin", "least"), ("ReduceMax", "largest")):
-            output = f"{name}.{end}"
-            watched.graph.node.append(onnx.helper.make_node(reduce, [name], [output], keepdims=0))
-            watched.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, []))
+    channels = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    sizes = {node.input[0]: channels[node.input[1]][1 if _flipped(node) else 0] for node in found}
+    constants = {"rows": np.array([0])} | {f"{name}.shape": np.array([-1, size]) for name, size in sizes.items()}
+    watched.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    for name in sizes:
+        watched.graph.node.append(helper.make_node("Reshape", [name, f"{name}.shape"], [f"{name}.flat"]))
+        for reduce in ("ReduceMin", "ReduceMax", "ReduceMean"):
+            output = f"{name}.{reduce}"
+            watched.graph.node.append(helper.make_node(reduce, [f"{name}.flat", "rows"], [output], keepdims=0))
+            watched.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     onnx.save(watched, beside)
     del watched
     run = compile_openvino(beside, {"INFERENCE_PRECISION_HINT": "f32"})
     beside.unlink()
-    rows = []
-    for inputs in seen:
-        result = run(dict(inputs))
-        rows.append([[float(result[f"{name}.{end}"]) for end in ("least", "largest")] for name in names])
-    ends = np.array(rows)
-    low, high = np.minimum(ends[..., 0].min(0), 0.0), np.maximum(ends[..., 1].max(0), 0.0)
-    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    rows = [
+        [
+            np.stack([result[f"{name}.{reduce}"] for reduce in ("ReduceMin", "ReduceMax", "ReduceMean")])
+            for name in sizes
+        ]
+        for result in (run(dict(inputs)) for inputs in seen)
+    ]
+    return {name: fit_range(*np.stack(ends, 1)) for name, ends in zip(sizes, zip(*rows, strict=True), strict=True)}
+
+
+def fit_range(low: np.ndarray, high: np.ndarray, mean: np.ndarray) -> Range:
+    """Fit a range to the least, largest and mean values [looks, C] of channels."""
+    shift = mean.mean(0)
+    plain, shifted = ((float((low - x).min()), float((high - x).max())) for x in (np.zeros_like(shift), shift))
+    narrower = shifted[1] - shifted[0] < plain[1] - plain[0]
+    ends = shifted if narrower else plain
+    return Range(low=min(ends[0], 0.0), high=max(ends[1], 0.0), shift=shift if narrower else None)
 
 
 def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
@@ -111,16 +129,18 @@ def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
         return f"{name}.dequantised"
 
     def of_input(name: str) -> Iterable[Any]:
-        low, high = ranges[name]
-        scale = max(high - low, 1e-12) / 255
-        zero = round(-low / scale)
+        given, scale = ranges[name], max(ranges[name].high - ranges[name].low, 1e-12) / 255
+        zero = round(-given.low / scale)
         kind = constant(f"{name}.scale", np.array(scale, "f4")), constant(f"{name}.zero", np.array(zero, "u1"))
-        yield make_node("QuantizeLinear", [name, *kind], [f"{name}.quantised"], name=f"{name}.quantise")
+        x = name
+        if given.shift is not None:
+            x = f"{name}.shifted"
+            yield make_node("Sub", [name, constant(f"{name}.shift", given.shift)], [x])
+        yield make_node("QuantizeLinear", [x, *kind], [f"{name}.quantised"], name=f"{name}.quantise")
         yield make_node("DequantizeLinear", [f"{name}.quantised", *kind], [f"{name}.dequantised"])
 
-    def of_weight(name: str, flipped: bool) -> Iterable[Any]:
-        value = to_array(weights[name])
-        whole, scale = whole_numbers(value.T if flipped else value)
+    def of_weight(name: str, value: np.ndarray) -> Iterable[Any]:
+        whole, scale = whole_numbers(value)
         kind = constant(f"{name}.quantised", whole), constant(f"{name}.scale", scale)
         yield make_node("DequantizeLinear", list(kind), [f"{name}.dequantised"], axis=1)
 
@@ -128,20 +148,28 @@ def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
         if node.output[0] not in chosen:
             nodes.append(node)
             continue
-        flipped = any(a.name == "transB" and a.i for a in node.attribute)
-        x, weight = node.input[:2]
-        both = [through(x, of_input(x)), through(weight, of_weight(weight, flipped))]
-        bias = node.input[2:]
-        product = f"{node.output[0]}.product" if bias else node.output[0]
+        x, weight, *bias = node.input
+        value = to_array(weights[weight])
+        value = value.T if _flipped(node) else value
+        both = [through(x, of_input(x)), through(weight, of_weight(weight, value))]
+        # What a shift takes from the input comes back behind the product, in full precision.
+        back = None if (shift := ranges[x].shift) is None else (shift.astype("f8") @ value).astype("f4")
+        added = [to_array(weights[name]) for name in bias] + ([] if back is None else [back])
+        product = f"{node.output[0]}.product" if added else node.output[0]
         nodes.append(make_node("MatMul", both, [product], name=node.name))
-        if bias:
-            nodes.append(make_node("Add", [product, bias[0]], [node.output[0]]))
+        if added:
+            nodes.append(make_node("Add", [product, constant(f"{product}.added", np.sum(added, 0))], [node.output[0]]))
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _flipped(node: Any) -> bool:
+    """Say whether a product's weights are [N, K]."""
+    return any(a.name == "transB" and a.i for a in node.attribute)
 
 
 def whole_numbers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
+from panterra.imagery.doctor import nothing_shared
 from panterra.imagery.raster import crs_for_rasterio
 from panterra.imagery.stac import Scene, pixel_metres
 from panterra.mapping.areas import Area, Coverage, common_grid
@@ -106,7 +107,10 @@ class Encoding:
             raise InputError(f"the box has the transform {tuple(a)[:6]}; wanted square pixels, north up")
         patch_px = round(patch_m / pixel_m) if math.isfinite(patch_m) else 0
         if patch_px < 1 or not math.isclose(patch_px * pixel_m, patch_m, rel_tol=1e-6):
-            raise InputError(f"patches of {patch_m:g} m are not a whole number of {pixel_m:g} m pixels; change either")
+            raise InputError(
+                f"patches of {patch_m:g} m are not a whole number of {pixel_m:g} m pixels; "
+                f"let --patch-m (patch_m in Python) be a multiple of {pixel_m:g}"
+            )
         for name, value in (("window_px", window_px), ("overlap_px", overlap_px)):
             if value % patch_px:
                 near = ", ".join(str(n * patch_px) for n in (value // patch_px, value // patch_px + 1) if n)
@@ -342,9 +346,12 @@ def _placeless(modality: str) -> bool:
 def _modalities(scene: Scene, encoder: Encoder, wanted: Sequence[str] | None) -> tuple[str, ...]:
     usable = [name for name in scene.modalities if name in encoder.modalities]
     absent = [name for name in wanted or () if name not in usable]
-    if absent or not usable:
+    if not usable:
+        why = "; ".join(nothing_shared(scene.modalities, encoder.modalities))
+        raise InputError(f"{encoder.name} cannot be shown the scene: {why}")
+    if absent:
         raise InputError(
-            f"cannot use {', '.join(absent) or 'any modality'}: the scene holds {', '.join(scene.modalities)}, and "
+            f"cannot use {', '.join(absent)}: the scene holds {', '.join(scene.modalities)}, and "
             f"{encoder.name} looks at {', '.join(encoder.modalities)}"
         )
     return tuple(name for name in usable if wanted is None or name in wanted)
