@@ -128,6 +128,7 @@ def test_squared_error_counts_in_spreads_and_leaves_out_nan():
     [
         ("segmentation", torch.ones(1, 3, 2, 2), torch.full((1, 2, 2), -1)),
         ("regression", torch.ones(1, 1, 2, 2), torch.full((1, 2, 2), np.nan)),
+        ("regression", torch.ones(1, 1, 2, 2), torch.full((1, 2, 2), -np.inf)),
         ("multilabel", torch.ones(1, 3), torch.full((1, 3), np.nan)),
     ],
 )
@@ -137,6 +138,26 @@ def test_a_batch_without_labels_teaches_nothing(task, scores, target):
     loss.backward()
     assert loss.item() == 0
     assert not scores.grad.any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_of_a_class_that_does_not_count_teaches_nothing(smoothing):
+    scores = torch.randn(2, 3, 2, 2, requires_grad=True)
+    weights = torch.tensor([1.0, 1.0, 0.0])
+    target = torch.full((2, 2, 2), 2)
+    loss = task_of("segmentation").loss(scores, target, LossOptions(class_weights=weights, label_smoothing=smoothing))
+    loss.backward()
+    assert loss.item() == 0
+    assert not scores.grad.any()
+    # What it says is compared by the Dice loss still.
+    said, options = scores.detach(), LossOptions(class_weights=weights, dice=weights)
+    both = task_of("segmentation").loss(said, target, options)
+    torch.testing.assert_close(both, dice_loss(said, target, weights))
+
+
+def test_values_that_are_not_finite_are_not_counted():
+    scores, target = torch.ones(1, 1, 2, 2), torch.tensor([[[3.0, np.nan], [np.inf, -np.inf]]])
+    assert task_of("regression").tally(scores, target).tolist() == [[1, 3, 9, 4, 2]]
 
 
 def test_tallies_of_values_give_the_figures_of_all_values_together():

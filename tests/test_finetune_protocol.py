@@ -280,3 +280,21 @@ def test_weighted_f1_and_iou_but_the_last_class():
     kept = (codes < 3) & (guesses < 3)
     wanted = jaccard_score(codes[kept], guesses[kept], average="macro")
     assert FIGURES["segmentation"]["iou_but_last"](counts) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("part", "said"), [("train", "training samples hold no label"), ("val", "validation samples")])
+def test_without_labels_nothing_is_learned_nor_chosen(tmp_path, part, said):
+    examples = arrays()
+    read = examples.read
+
+    def unlabelled(number):
+        sample = read(number)
+        return replace(sample, target=torch.full_like(sample.target, -1)) if examples.parts[number] == part else sample
+
+    with pytest.raises(InputError, match=said):
+        fit(
+            replace(examples, read=unlabelled),
+            encoder(),
+            tmp_path / "fit",
+            Settings(head="plain", patch_m=40, tuning=PUBLISHED, device="cpu"),
+        )

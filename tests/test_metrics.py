@@ -7,9 +7,10 @@ from safetensors.numpy import load_file
 from sklearn import metrics as sk
 
 from panterra.errors import InputError
-from panterra.evaluate import metrics
+from panterra.evaluate import anysat_protocol, metrics
 
 GOLDEN = Path(__file__).parent / "golden" / "olmoearth"
+AVERAGES = ("macro", "micro", "weighted")
 
 
 @pytest.fixture
@@ -152,3 +153,22 @@ def test_unequal_lengths_and_unknown_classes_are_named():
         metrics.confusion(np.zeros(3, int), np.zeros(2, int))
     with pytest.raises(InputError, match="beyond 0 to 1; give num_classes=3"):
         metrics.confusion(np.array([0, 2]), np.array([0, 1]), 2)
+
+
+def test_nothing_gives_no_figure_rather_than_an_error():
+    assert np.isnan(metrics.average_precision(np.zeros(0, bool), np.zeros(0)))
+    # As scikit-learn's zero_division and torchmetrics have it.
+    assert metrics.multilabel_f1(np.zeros((3, 2), bool), np.zeros((3, 2), bool)) == (0.0, 0.0)
+    assert not metrics.resample_samples(np.zeros((2, 2), int), n=3).any()
+
+
+def test_anysats_scores_of_labels_that_are_nowhere():
+    none = np.zeros((3, 2), bool)
+    assert set(anysat_protocol.multilabel_f1_scores(none, none).values()) == {0.0}
+    assert anysat_protocol.multilabel_f1_scores(none, ~none)["F1_Score_weighted"] == 0
+    assert anysat_protocol.f1_scores(np.zeros((3, 3), int))["F1_Score_weighted"] == 0
+    assert np.isnan(anysat_protocol.pooled_iou(np.zeros((2, 2), int)))
+    conf = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    truth, guess = (np.repeat(side.ravel(), conf.ravel()) for side in np.indices((3, 3)))
+    expected = {a: sk.f1_score(truth, guess, labels=[0, 1, 2], average=a, zero_division=0) for a in AVERAGES}
+    assert anysat_protocol.f1_scores(conf) == pytest.approx({f"F1_Score_{a}": f for a, f in expected.items()})

@@ -69,6 +69,16 @@ def test_knn_agrees_with_scikit_learn():
     np.testing.assert_allclose(probe.probabilities(features[200:]), oracle.predict_proba(features[200:]), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_knn_of_half_precision_votes_in_single(dtype):
+    """exp(1 / 0.07) is beyond the numbers of float16."""
+    examples = torch.tensor(np.random.default_rng(0).normal(3, 1, (30, 8))).to(dtype)
+    labels = torch.nn.functional.one_hot(torch.arange(30) % 3).to(dtype)
+    shares = knn_scores(examples, labels, examples[:5])
+    torch.testing.assert_close(shares, knn_scores(examples.float(), labels.float(), examples[:5].float()))
+    assert shares.isfinite().all()
+
+
 def test_knn_of_several_labels_scores_each_alone():
     rng = np.random.default_rng(1)
     examples, queries = torch.tensor(rng.normal(size=(50, 6))), torch.tensor(rng.normal(size=(9, 6)))

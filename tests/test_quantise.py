@@ -61,3 +61,8 @@ def test_what_cannot_be_stored_is_refused():
         quantise(np.array([0.1, np.nan]))
     with pytest.raises(InputError, match="9 bits"):
         percentile_levels(np.zeros((3, 2)), 9)
+    for embeddings, lost in ((np.zeros((0, 2)), 0), (np.array([[0.1, np.nan], [1, 2]]), 1)):
+        with pytest.raises(
+            InputError, match=f"{len(embeddings)} embeddings came .*, {lost} of them with numbers missing"
+        ):
+            percentile_levels(embeddings, 4)

@@ -322,6 +322,16 @@ def test_rows_pass_through_json(root, tmp_path):
         ({"protocols": ("magic",)}, "no protocol 'magic'"),
         ({"models": ()}, "no model came"),
         ({"limit": 0}, "are counts"),
+        ({"rates": ()}, "no learning rate came"),
+        ({"rates": (np.inf,)}, "a learning rate is inf"),
+        ({"seeds": ()}, "no seed came"),
+        ({"seeds": (-1,)}, "a seed is -1"),
+        ({"patch_m": 0.0}, "patch_m is 0; wanted a length"),
+        ({"poolings": ("median",)}, "no pooling 'median'; known: mean, max"),
+        ({"normalisations": ("z",)}, "no normalisation 'z'"),
+        ({"loss": "focal"}, "no loss 'focal'"),
+        ({"tuned_head": "big"}, "no head 'big'"),
+        ({"device": "tpu"}, "device 'tpu' came; give auto, cpu"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused_at_once(root, tmp_path, options, said):
@@ -353,7 +363,7 @@ def test_published_tables_speak_of_data_sets_that_there_are():
         assert set(table) <= set(DATASETS)
     for name, task in OLMOEARTH.items():
         assert task.metric is None or task.metric in {*FIGURES[DATASETS[name].task], "average_precision"}
-        assert set(task.modalities or ()) <= set(DATASETS[name].modalities)
+        assert {*(task.modalities or ()), *(task.highest_of or ())} <= set(DATASETS[name].modalities)
     for name, row in ANYSAT.items():
         assert {*row.modalities, row.dense or row.modalities[0]} <= set(DATASETS[name].modalities)
 
@@ -366,6 +376,30 @@ def test_a_row_of_the_published_table_decides(root, tmp_path, monkeypatch):
     chosen = {name: row.chosen[name] for name in ("rate", "batch", "normalisation", "patch_m", "features")}
     assert chosen == {"rate": 0.03, "batch": 12, "normalisation": "dataset", "patch_m": 20, "features": "centre"}
     assert row.metric == "macro_f1"
+
+
+def test_where_no_rate_is_swept_validation_comes_at_the_end(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(published.OLMOEARTH, "planet_classes", OlmoEarthTask(metric="accuracy", rate=0.03))
+    plan = plan_of(root, "planet_classes", protocols=("linear",), rates=(0.03,), epochs=12)
+    (swept,) = evaluate(plan, tmp_path)
+    (single,) = evaluate(replace(plan, published_rate=True), tmp_path)
+    (longer,) = evaluate(replace(plan, published_rate=True, epochs=60), tmp_path)
+    assert swept.chosen["epoch"] in (5, 10, 12)
+    assert single.chosen["epoch"] == 12
+    assert longer.chosen["epoch"] in (50, 60)
+
+
+def test_a_row_may_pool_by_the_maximum(root, tmp_path, monkeypatch):
+    plan = plan_of(root, "planet_classes", models=("olmoearth-v1.2-nano@random:0",), protocols=("knn",))
+    pooled = []
+    for modalities in (("sentinel2_l2a",), ("sentinel1",)):
+        monkeypatch.setitem(published.OLMOEARTH, "planet_classes", OlmoEarthTask(highest_of=modalities))
+        (row,) = evaluate(plan, tmp_path / modalities[0], cache=tmp_path / "cache")
+        pooled.append(row.chosen["pooling"])
+    assert pooled == ["max", "mean"]
+    assert OLMOEARTH["pastis128"].highest_of == ("sentinel2_l2a",)
+    (row,) = evaluate(replace(plan, poolings=("max",)), tmp_path / "asked", cache=tmp_path / "cache")
+    assert row.chosen["pooling"] == "max"
 
 
 def test_a_row_of_anysats_table_decides(root, tmp_path, monkeypatch):

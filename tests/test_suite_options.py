@@ -50,6 +50,10 @@ def test_a_list_in_the_folder_decides(root, tmp_path):
     assert published_subset(tmp_path, tiles, 0.05)[0].tolist() == [0, 1]
     with pytest.raises(InputError, match="lists none of the 1 training samples"):
         published_subset(tmp_path, replace(train, ids=["9"]), 0.05)
+    for text in ("{", "[]", '{"valid": []}'):
+        (tmp_path / "0.05x_train_partition.json").write_text(text)
+        with pytest.raises(InputError, match="lists no training samples; wanted JSON such as"):
+            published_subset(tmp_path, train, 0.05)
 
 
 def test_without_a_list_a_share_is_drawn_once_and_nested(root, tmp_path):

@@ -122,7 +122,7 @@ def evaluate(
         seeds=tuple(seeds),
         normalisations=("model", "dataset") if "normalisation" in sweep else tuple(normalisation or ()),
         compressions=tuple(compress) if compress else ("none",),
-        poolings=("mean", "max") if "pooling" in sweep else ("mean",),
+        poolings=("mean", "max") if "pooling" in sweep else (),
         rates=tuple(rates) if rates else RATES,
         published_rate=published_rate,
         tuning_rates=tuple(tuning_rates) if tuning_rates else TUNING_RATES,

@@ -95,9 +95,12 @@ def segmentation_scores(conf: Int[np.ndarray, "k k"]) -> dict[str, float]:
 
 
 def pooled_iou(conf: Int[np.ndarray, "k k"]) -> float:
-    """Score a batch of BraDD-S1TS: the classes' intersections over their unions; batches are averaged."""
+    """Score a batch of BraDD-S1TS: the classes' intersections over their unions; batches are averaged.
+
+    NaN without labels.
+    """
     right, total = np.trace(conf), conf.sum()
-    return float(right / (2 * total - right))
+    return float(right / (2 * total - right)) if total else math.nan
 
 
 def f1_scores(conf: Int[np.ndarray, "k k"]) -> dict[str, float]:
@@ -107,7 +110,7 @@ def f1_scores(conf: Int[np.ndarray, "k k"]) -> dict[str, float]:
     return {
         "F1_Score_macro": float(f1.mean()),
         "F1_Score_micro": float(accuracy(conf)),
-        "F1_Score_weighted": float(np.average(f1, weights=figures["support"])),
+        "F1_Score_weighted": float((f1 * figures["support"]).sum() / max(conf.sum(), 1)),
     }
 
 
@@ -115,7 +118,7 @@ def multilabel_f1_scores(targets: Bool[np.ndarray, "n k"], predictions: Bool[np.
     """Score labels of which a sample may have several by F1; absent classes count 0."""
     micro, macro = multilabel_f1(targets, predictions)
     hit, support, guessed = (targets & predictions).sum(0), targets.sum(0), predictions.sum(0)
-    weighted = np.average(2 * hit / np.maximum(support + guessed, 1), weights=support)
+    weighted = (2 * hit / np.maximum(support + guessed, 1) * support).sum() / max(support.sum(), 1)
     return {"F1_Score_macro": macro, "F1_Score_micro": micro, "F1_Score_weighted": float(weighted)}
 
 

@@ -122,9 +122,9 @@ def _sorted_by_score(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, 
 
 def average_precision(positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> float:
     """Sum precision over the steps of recall; NaN without positives. On flattened [n, K] arrays this is micro mAP."""
-    true, false = _sorted_by_score(positive.reshape(-1), score.reshape(-1))
-    if not len(true) or true[-1] == 0:
+    if not positive.any():
         return np.nan
+    true, false = _sorted_by_score(positive.reshape(-1), score.reshape(-1))
     return float((np.diff(true, prepend=0) * true / (true + false)).sum() / true[-1])
 
 
@@ -155,7 +155,8 @@ def prauc(targets: Int[np.ndarray, " n"], scores: Float[np.ndarray, "n k"]) -> f
 def multilabel_f1(targets: Bool[np.ndarray, "n k"], predictions: Bool[np.ndarray, "n k"]) -> tuple[float, float]:
     """Give micro and macro F1 of samples that may have several classes; a class never met nor predicted counts 0."""
     hit, either = (targets & predictions).sum(0), targets.sum(0) + predictions.sum(0)
-    return float(_ratio(2 * hit.sum(), either.sum())), float(np.nan_to_num(_ratio(2 * hit, either)).mean())
+    micro, macro = np.nan_to_num(_ratio(2 * hit.sum(), either.sum())), np.nan_to_num(_ratio(2 * hit, either)).mean()
+    return float(micro), float(macro)
 
 
 def moments(targets: np.ndarray, predictions: np.ndarray, *, groups: Int[np.ndarray, " n"] | None = None) -> np.ndarray:
@@ -203,12 +204,14 @@ def resample(
     """
     rows = statistics.reshape(len(statistics), -1).astype(np.float64)
     times = np.ones(len(rows), np.int64) if counts is None else counts
+    # Of nothing, nothing is drawn.
+    shares = times / max(times.sum(), 1)
     rng = np.random.Generator(np.random.PCG64(seed))
     sums = np.empty((n, rows.shape[1]))
     step = max(1, 2**22 // len(rows))
     for start in range(0, n, step):
         size = min(step, n - start)
-        sums[start : start + size] = rng.multinomial(times.sum(), times / times.sum(), size=size) @ rows
+        sums[start : start + size] = rng.multinomial(times.sum(), shares, size=size) @ rows
     return sums.reshape(n, *statistics.shape[1:])
 
 

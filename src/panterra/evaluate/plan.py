@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from panterra.errors import InputError
 from panterra.evaluate.benchmark import Normalisation, Pooling
@@ -35,8 +37,8 @@ class Plan:
     """Each draws other training samples, first weights and batches."""
     normalisations: tuple[Normalisation, ...] = ()
     """To choose among by validation; empty: what the model is made for."""
-    poolings: tuple[Pooling, ...] = ("mean",)
-    """To choose among by validation."""
+    poolings: tuple[Pooling, ...] = ()
+    """To choose among by validation; empty: what is published, which is the mean for all but one."""
     compressions: tuple[str, ...] = ("none",)
     """Of the features, each in rows of its own: see `compress.parse_compression`."""
     rates: tuple[float, ...] = RATES
@@ -68,26 +70,51 @@ class Plan:
     limit: int | None = None
     """Most samples of a split."""
     device: str = "cpu"
+    """Or auto, which is a GPU where there is one."""
 
 
 def check_plan(plan: Plan) -> None:
     """Refuse what no benchmark could put right."""
-    unknown = [p for p in plan.protocols if p not in PROTOCOLS]
-    if unknown:
-        raise InputError(f"no protocol {unknown[0]!r}; known: {', '.join(PROTOCOLS)}")
-    for what, given in (("model", plan.models), ("benchmark", plan.benchmarks), ("protocol", plan.protocols)):
-        if not given:
+    choices: tuple[tuple[str, tuple[str | None, ...], tuple[str, ...]], ...] = (
+        ("protocol", plan.protocols, PROTOCOLS),
+        ("choice of subsets", (plan.subsets,), get_args(Subsets)),
+        ("normalisation", plan.normalisations, get_args(Normalisation)),
+        ("pooling", plan.poolings, get_args(Pooling)),
+        ("head", (plan.tuned_head,), get_args(TunedHead)),
+        ("precision", (plan.precision,), ("float32", "bfloat16")),
+        ("loss", (plan.loss,), get_args(Loss)),
+        ("choice of class weights", (plan.class_weights,), get_args(ClassWeights)),
+    )
+    for what, given, known in choices:
+        if unknown := [name for name in given if name is not None and name not in known]:
+            raise InputError(f"no {what} {unknown[0]!r}; known: {', '.join(known)}")
+    wanted: tuple[tuple[str, Sized], ...] = (
+        ("model", plan.models),
+        ("benchmark", plan.benchmarks),
+        ("protocol", plan.protocols),
+        ("fraction", plan.fractions),
+        ("seed", plan.seeds),
+        ("compression", plan.compressions),
+        ("learning rate", plan.rates),
+        ("learning rate of fine-tuning", plan.tuning_rates),
+    )
+    for what, several in wanted:
+        if not len(several):
             raise InputError(f"no {what} came; give one at least")
     if len({name for name, _ in plan.benchmarks}) < len(plan.benchmarks):
         raise InputError("a benchmark was given twice; give each once")
     if wrong := [f for f in plan.fractions if not 0 < f <= 1]:
         raise InputError(f"a fraction is {wrong[0]:g}; wanted more than 0, at most 1")
     if plan.subsets == "published" and (wrong := [f for f in plan.fractions if f not in (*FRACTIONS, 1)]):
-        known = ", ".join(f"{f:g}" for f in FRACTIONS)
-        raise InputError(f"a fraction is {wrong[0]:g}; published subsets are of {known} and 1")
+        listed = ", ".join(f"{f:g}" for f in FRACTIONS)
+        raise InputError(f"a fraction is {wrong[0]:g}; published subsets are of {listed} and 1")
     for text in plan.compressions:
         parse_compression(text)
-    if wrong := [r for r in (*plan.rates, *plan.tuning_rates) if not r > 0]:
-        raise InputError(f"a learning rate is {wrong[0]:g}; wanted more than 0")
+    if wrong := [r for r in (*plan.rates, *plan.tuning_rates) if not 0 < r < math.inf]:
+        raise InputError(f"a learning rate is {wrong[0]:g}; wanted a finite one of more than 0")
+    if plan.patch_m is not None and not 0 < plan.patch_m < math.inf:
+        raise InputError(f"patch_m is {plan.patch_m:g}; wanted a length in metres above 0")
+    if min(plan.seeds) < 0:
+        raise InputError(f"a seed is {min(plan.seeds)}; wanted 0 or more")
     if any(count is not None and count < 1 for count in (plan.epochs, plan.limit, plan.batch)):
         raise InputError("epochs, batch and limit are counts; wanted 1 or more")

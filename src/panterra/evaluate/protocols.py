@@ -23,7 +23,17 @@ from panterra.evaluate.probes import NEIGHBOURS, knn_scores
 from panterra.evaluate.published import ANYSAT, OLMOEARTH, OlmoEarthTask
 from panterra.evaluate.readout import Readout
 from panterra.evaluate.scoring import FIGURES, Answers, Task, better, sums_of
-from panterra.evaluate.sweep import Linear, Member, Net, Recipe, Standardise, Table, answers, train_together
+from panterra.evaluate.sweep import (
+    ALONE_EVERY,
+    Linear,
+    Member,
+    Net,
+    Recipe,
+    Standardise,
+    Table,
+    answers,
+    train_together,
+)
 
 FrozenProtocol = Literal["knn", "linear", "interpolate", "attention", "anysat"]
 TunedProtocol = Literal["finetune", "anysat_finetune", "anysat_plus", "anysat_scratch"]
@@ -36,6 +46,8 @@ Loss = Literal["cross_entropy", "dice"]
 """Of pixels' classes; dice: both the Dice loss and the cross-entropy."""
 _SIMILARITIES = 2**25
 _ROWS = 1024
+_WIDE = (torch.float32, torch.float64)
+_DO: Mapping[Role, str] = {"train": "learn from", "val": "validate with", "test": "test on"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +83,27 @@ class Outcome:
 
 
 def run(protocol: FrozenProtocol, trial: Trial, views: tuple[View, ...]) -> Outcome:
-    """Carry a protocol out; where several views are given the one that validates best is tested."""
-    return _RUNS[protocol](trial, views)
+    """Carry a protocol out; where several views are given the one that validates best is tested.
+
+    Features of half precision are taken as float32. Raises InputError where no sample of a split that is needed has a
+    label, or one has a class that there is not.
+    """
+    needed: tuple[Role, ...] = ("train", "test") if protocol == "knn" and len(views) == 1 else ("train", "val", "test")
+
+    def tables(view: View) -> Mapping[Role, Table]:
+        given = trial.tables(view)
+        for role in needed:
+            y = given[role].y
+            if not bool((y.isfinite() if y.is_floating_point() else y >= 0).any()):
+                raise InputError(f"no sample to {_DO[role]} has a label; check the labels")
+            if not y.is_floating_point() and int(y.max()) >= trial.classes:
+                raise InputError(
+                    f"a sample to {_DO[role]} has class {int(y.max())}, but there are classes 0 to {trial.classes - 1} "
+                    "only; recode the labels, negative where there is none"
+                )
+        return {role: t if t.x.dtype in _WIDE else replace(t, x=t.x.float()) for role, t in given.items()}
+
+    return _RUNS[protocol](replace(trial, tables=tables), views)
 
 
 def allowed(protocol: Protocol, task: Task) -> bool:
@@ -91,7 +122,7 @@ def _knn(trial: Trial, views: tuple[View, ...]) -> Outcome:
     found = {}
     for view in views:
         tables = trial.tables(view)
-        train = _with_data(tables["train"])
+        train = _with_data(tables["train"], every_label=True)
         found[view] = train, tables
     scores = {}
     if len(views) > 1:
@@ -115,9 +146,9 @@ def _vote(train: Table, table: Table, trial: Trial) -> Answers:
     ]
     shares = torch.cat(parts).cpu().numpy()
     if multilabel:
-        known = truth.cpu().numpy() > 0.5
+        there, known = truth.cpu().numpy() > 0.5, truth.isfinite().all(1).cpu().numpy()
         sums = sums_of("multilabel", shares > 0.5, truth.cpu().numpy(), classes=trial.classes)
-        return Answers(task="multilabel", sums=sums, scores=shares, truth=known)
+        return Answers(task="multilabel", sums=sums, scores=shares[known], truth=there[known])
     sums = sums_of(trial.task, shares.argmax(1), truth.cpu().numpy(), classes=trial.classes)
     labelled = (truth >= 0).cpu().numpy()
     there = torch.nn.functional.one_hot(truth.clamp(min=0), trial.classes).cpu().numpy() > 0
@@ -149,7 +180,7 @@ def _sweep(
     row = OLMOEARTH.get(trial.benchmark, OlmoEarthTask())
     recipe = replace(trial.recipe, batch=trial.batch or row.batch, epochs=trial.epochs or trial.recipe.epochs)
     if trial.published_rate and row.rate is not None:
-        recipe = replace(recipe, rates=(row.rate,))
+        recipe = replace(recipe, rates=(row.rate,), check_every=ALONE_EVERY)
     trial = replace(trial, loss=trial.loss or row.loss)
     return _best(trial, views, net, metric_of(trial.benchmark, trial.task), recipe, interpolated=interpolated)
 
@@ -255,8 +286,6 @@ def _readout(trial: Trial, train: Table, *, softplus: bool, interpolated: bool) 
             dice=None if dice is None else dice.to(train.y.device),
         )
     known = train.y[train.y.isfinite()]
-    if not len(known):
-        raise InputError("no sample to learn from has a value; check the labels")
     if softplus:
         return Readout(task="regression", classes=1, softplus=True)
     spread = float(known.double().std(correction=0)) or 1.0
@@ -267,13 +296,17 @@ def _first(table: Table) -> Standardise:
     return "none" if table.y.ndim == 3 else "batch"
 
 
-def _with_data(table: Table) -> Table:
-    """Leave out samples without data or label."""
+def _with_data(table: Table, *, every_label: bool = False) -> Table:
+    """Leave out samples without data or label; with `every_label` also those of which some label is not known."""
     every = table.x.ndim > 2
     parts = (part.flatten(1).isnan() for part in table.x.split(_ROWS))
     lost = torch.cat([part.all(1) if every else part.any(1) for part in parts])
     if table.y.ndim == 1:
         lost = lost | (table.y.isnan() if table.y.is_floating_point() else table.y < 0)
+    elif table.y.ndim == 2:
+        lost = lost | (table.y.isnan().any(1) if every_label else table.y.isnan().all(1))
+    if bool(lost.all()):
+        raise InputError(f"none of {len(table)} samples to learn from has both data and a label; check both")
     return table.take(np.flatnonzero(~lost.cpu().numpy())) if bool(lost.any()) else table
 
 

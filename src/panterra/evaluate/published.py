@@ -17,7 +17,6 @@ class OlmoEarthTask:
     """Of the probe where nothing is swept; None: judged by neighbours."""
     batch: int = 8
     normalisation: Literal["model", "dataset"] = "model"
-    pooling: Literal["mean", "max"] = "mean"
     patch_px: int | None = None
     """None: 4."""
     loss: Literal["cross_entropy", "dice"] = "cross_entropy"
@@ -26,6 +25,8 @@ class OlmoEarthTask:
     """Whether the patch in the middle is judged instead of the whole sample."""
     modalities: tuple[str, ...] | None = None
     """None: all that the data set has and the model knows."""
+    highest_of: tuple[str, ...] | None = None
+    """Modalities of which, where they are all that is shown, patches are pooled by the maximum instead of the mean."""
 
 
 _OVERALL = OlmoEarthTask(metric="accuracy", rate=0.01)
@@ -47,7 +48,7 @@ OLMOEARTH: Mapping[str, OlmoEarthTask] = {
     "sen1floods11": OlmoEarthTask(metric="mean_iou", rate=0.1, batch=128, modalities=("sentinel1",)),
     "sen1floods11_tiles": OlmoEarthTask(metric="mean_iou", rate=0.1, batch=128, modalities=("sentinel1",)),
     "pastis": _MIOU,
-    "pastis128": _MIOU,
+    "pastis128": OlmoEarthTask(metric="mean_iou", rate=0.1, highest_of=("sentinel2_l2a",)),
     "tolbi_crop": _MIOU,
     "yemen_crop": OlmoEarthTask(metric="mean_iou", rate=0.001),
     **dict.fromkeys(
@@ -84,7 +85,7 @@ OLMOEARTH: Mapping[str, OlmoEarthTask] = {
     "mapbiomas_3k_dense": OlmoEarthTask(metric="macro_f1", rate=0.001),
     "canada_wildfire_sat_eval_split": OlmoEarthTask(metric="f1_class_1", loss="dice", patch_px=5),
 }
-"""By data set; others get the defaults. pastis128 of Sentinel-2 alone was pooled by the maximum: sweep the pooling."""
+"""By data set; others get the defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

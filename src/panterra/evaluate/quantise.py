@@ -36,6 +36,12 @@ def percentile_levels(
     if not 1 <= bits <= 8:
         raise InputError(f"{bits} bits were asked for; percentile codes have 1 to 8")
     values, levels = np.asarray(embeddings, np.float32), 2**bits
+    if not len(values) or not np.isfinite(values).all():
+        lost = int((~np.isfinite(values)).any(1).sum())
+        raise InputError(
+            f"{len(values)} embeddings came to find percentiles of, {lost} of them with numbers missing; give one at "
+            "least, and drop the places without data first"
+        )
     edges = np.quantile(values, np.linspace(0, 1, levels + 1), axis=0)
     midpoints = np.quantile(values, (np.arange(levels) + 0.5) / levels, axis=0)
     return edges.T.astype(np.float32), midpoints.T.astype(np.float32)

@@ -94,7 +94,8 @@ def sums_of(
         units = np.broadcast_to(np.arange(len(targets)).reshape(-1, *[1] * (targets.ndim - 1)), targets.shape)
         return metrics.confusion(targets, predicted, classes, groups=units.reshape(-1))
     if task == "multilabel":
-        truth, guess = targets > 0.5, predicted
+        known = np.isfinite(targets)
+        truth, guess = (targets > 0.5) & known, predicted & known
         return np.stack([truth & guess, truth, guess], axis=1).astype(np.float64)
     known = np.isfinite(targets)
     y, error = np.where(known, targets - centre, 0.0), np.where(known, predicted - targets, 0.0)
@@ -110,7 +111,8 @@ class Answers:
     sums: np.ndarray
     """Of each sample (`sums_of`), or their one sum [1, K, K] where a sample is one pixel of a confusion matrix."""
     scores: Float[np.ndarray, "n k"] | None = None
-    """Of each class, where samples as a whole have them: probabilities, or a vote's shares."""
+    """Of each class, where samples as a whole have them: probabilities, or a vote's shares. Samples of which some
+    label is not known are left out."""
     truth: Bool[np.ndarray, "n k"] | None = None
     """With the scores."""
     pixels: ScoreCounts | None = None

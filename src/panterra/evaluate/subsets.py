@@ -36,7 +36,10 @@ def published_subset(root: Path, train: LabelledSet, fraction: float) -> tuple[I
     if not path.is_file():
         count = max(1, round(fraction * len(train)))
         return np.sort(np.random.default_rng(SEED).permutation(len(train))[:count]), f"random, seed {SEED}"
-    listed = {str(id) for id in json.loads(path.read_text("utf-8"))["train"]}
+    try:
+        listed = {str(id) for id in json.loads(path.read_text("utf-8"))["train"]}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f'{path} lists no training samples; wanted JSON such as {{"train": ["a", "b"]}}') from None
     index = np.array([i for i, id in enumerate(train.ids) if {id, id.split("@")[0]} & listed], np.int64)
     if not len(index):
         raise InputError(f"{path} lists none of the {len(train)} training samples; give the list that belongs to them")

@@ -43,10 +43,11 @@ from panterra.evaluate.protocols import (
 )
 from panterra.evaluate.published import OLMOEARTH, OlmoEarthTask
 from panterra.evaluate.subsets import published_subset
-from panterra.evaluate.sweep import Recipe, Table
+from panterra.evaluate.sweep import ALONE_EVERY, Recipe, Table
 from panterra.evaluate.tuning import TunedTrial, Tuner
 from panterra.evaluate.views import trainable, views_of
 from panterra.models.features import Encoder
+from panterra.train.parallel import choose_device
 
 __all__ = ["ROWS", "Plan", "Row", "evaluate", "read_rows", "reason"]
 
@@ -133,6 +134,7 @@ def evaluate(
     `panterra.finetune.protocol.tune`.
     """
     check_plan(plan)
+    plan = replace(plan, device=str(choose_device(plan.device)))
     if tuner is None and (asked := [p for p in plan.protocols if p in TUNED]):
         raise InputError(f"{asked[0]} trains encoders; hand evaluate tuner=panterra.finetune.protocol.tune")
     out.mkdir(parents=True, exist_ok=True)
@@ -267,6 +269,8 @@ def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]
     # Rows of before these could be chosen are found again where nothing of it was.
     training |= {"loss": loss} if loss != "cross_entropy" else {}
     training |= {"class_weights": plan.class_weights} if plan.class_weights != "none" else {}
+    if plan.published_rate and OLMOEARTH.get(benchmark.name, OlmoEarthTask()).rate is not None:
+        training |= {"check_every": ALONE_EVERY}
     chances = product(views.items(), plan.compressions, plan.fractions)
     tuning = {name: getattr(plan, name) for name in ("batch", "epochs", "precision", "class_weights")} | {"loss": loss}
     tuning["head"] = plan.tuned_head

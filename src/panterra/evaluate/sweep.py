@@ -28,6 +28,8 @@ RATES = (1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1, 5e-1)
 """The published sweep (OlmoEarth)."""
 FLOOR = 1e-5
 """Where the cosine ends."""
+ALONE_EVERY = 50
+"""Epochs between looks at the validation samples where no rate is swept (OlmoEarth)."""
 WARM = 0.1
 """Share of the epochs in which the rate rises from 0."""
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -237,6 +239,11 @@ class Linear:
         if self.first == "layer":
             return F.layer_norm(x, (self.dim,))
         if self.first == "batch":
+            if learning and len(x) < 2:
+                raise InputError(
+                    "a batch of one sample came to a probe behind a batch norm, which needs two; give more samples to "
+                    "learn from, or a larger batch"
+                )
             # Writes to mean and variance when learning.
             return F.batch_norm(x, self.mean, self.variance, training=learning, momentum=MOMENTUM)
         return x
@@ -311,8 +318,9 @@ def answers(member: Member, table: Table, readout: Readout) -> Answers:
         (found,) = readout.sums(raw, y, grid)
         sums.append(found.sum(0, keepdims=True) if readout.task == "classification" else found)
         if readout.task == "multilabel":
-            shares.append(raw[0].mT.sigmoid().cpu().numpy())
-            truths.append(y.cpu().numpy() > 0.5)
+            known = y.isfinite().all(1)
+            shares.append(raw[0].mT[known].sigmoid().cpu().numpy())
+            truths.append(y[known].cpu().numpy() > 0.5)
         elif readout.task == "classification":
             share, truth = (part[y >= 0].cpu() for part in readout.shares(raw, y, grid))
             shares.append(share.numpy())

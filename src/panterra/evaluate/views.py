@@ -76,7 +76,8 @@ def views_of(plan: Plan, protocol: Protocol, encoder: Encoder, benchmark: Benchm
         own_statistics(benchmark, shown)
     # Sub-patches and single tokens are not pooled; patches only where dates and band sets are at hand.
     pooled = kind == "summary" or (kind in ("patches", "centre") and gives_tokens(encoder))
-    pools: tuple[Pooling, ...] = plan.poolings if pooled and protocol not in TUNED else ("mean",)
+    own: Pooling = "max" if tuple(shown) == task.highest_of and not protocol.startswith("anysat") else "mean"
+    pools: tuple[Pooling, ...] = (plan.poolings or (own,)) if pooled and protocol not in TUNED else ("mean",)
     return tuple(
         View(
             kind=kind,

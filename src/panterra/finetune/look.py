@@ -76,6 +76,8 @@ def look_at(examples: Examples, encoder: Encoder, tuning: Tuning) -> tuple[Look,
         raise InputError("the training samples hold no value; label more places")
     if examples.task.answer == "boxes" and not values[0]:
         raise InputError("the training samples hold no object; label more places")
+    if examples.task.answer == "classes" and not counts.any():
+        raise InputError("the training samples hold no label; label more places")
     count, total, squares = values if values[0] else (1.0, 0.0, 1.0)
     spread = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
     means = {name: (s[1] / s[0].clamp(min=1)) for name, s in sums.items()}

@@ -278,8 +278,9 @@ def _answers(model: FineTuned, examples: Examples, tuning: Tuning) -> Answers:
 
     def keep(scores: Tensor, target: Tensor) -> None:
         if task.answer == "labels":
-            shares.append(scores.sigmoid().cpu().numpy())
-            truths.append((target > 0.5).cpu().numpy())
+            known = target.isfinite().all(1)
+            shares.append(scores[known].sigmoid().cpu().numpy())
+            truths.append((target[known] > 0.5).cpu().numpy())
         elif pixels is not None:
             pixels.add(scores.softmax(1).movedim(1, -1).flatten(0, 2), target.flatten())
         elif task.answer == "classes":

@@ -277,6 +277,8 @@ def _train(work: _Work, folder: Path, country: str | None, progress: Progress | 
                     options=work.options,
                     whole_batches=tuning.as_published,
                 )
+            if examples.task.answer in ("classes", "values") and not checked.tallies.any():
+                raise InputError("the validation samples hold no label to choose an epoch by; label more places")
             if tuning.as_published:
                 state.mixed = (np.asarray(state.mixed) + checked.tallies.sum(0)).tolist()
             value = deciding_figure(examples.task, np.array([state.mixed]) if tuning.as_published else checked.tallies)

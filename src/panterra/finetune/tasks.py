@@ -78,15 +78,19 @@ def cross_entropy(scores: Float[Tensor, "b k *grid"], target: Int[Tensor, b * gr
 
     The Dice loss of all labelled cells together is added where asked for.
     """
-    if not bool((target != IGNORE).any()):
+    labelled, weights = target != IGNORE, options.class_weights
+    if not bool(labelled.any()):
         return scores.sum() * 0
     loss = F.cross_entropy(
         scores,
         target,
-        weight=options.class_weights,
+        weight=weights,
         ignore_index=IGNORE,
         label_smoothing=options.label_smoothing,
     )
+    if weights is not None and not bool(weights[target[labelled]].any()):
+        # Nothing that is labelled counts, and the mean over it would be 0 / 0.
+        loss = scores.sum() * 0
     return loss if options.dice is None else loss + dice_loss(scores, target, options.dice)
 
 
@@ -108,8 +112,8 @@ def binary_cross_entropy(
 
 
 def squared_error(scores: Float[Tensor, "b 1 *grid"], target: Float[Tensor, b * grid], options: LossOptions) -> Tensor:
-    """Average the squared error over known values, in units of their spread; NaN is not known."""
-    known = ~target.isnan()
+    """Average the squared error over finite values, in units of their spread; others are not known."""
+    known = target.isfinite()
     if not bool(known.any()):
         return scores.sum() * 0
     return ((scores[:, 0][known] - target[known]) / options.spread).square().mean()
@@ -136,9 +140,9 @@ def count_labels(scores: Float[Tensor, "b k *grid"], target: Float[Tensor, "b k 
 
 
 def sum_errors(scores: Float[Tensor, "b 1 *grid"], target: Float[Tensor, b * grid]) -> np.ndarray:
-    """Sum 1, y, y², squared and absolute error over known values, as `metrics.moments` does: float64 [B, 5]."""
+    """Sum 1, y, y², squared and absolute error over finite values, as `metrics.moments` does: float64 [B, 5]."""
     truth, guess = target.double().reshape(len(target), -1), scores[:, 0].double().reshape(len(target), -1)
-    known = ~truth.isnan()
+    known = truth.isfinite()
     y = torch.where(known, truth, 0.0)
     error = torch.where(known, guess - y, 0.0)
     columns = (known.double(), y, y.square(), error.square(), error.abs())

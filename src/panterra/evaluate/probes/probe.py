@@ -208,6 +208,9 @@ def knn_scores(
     others = len(examples) - skip_first
     if not 0 < neighbours <= others:
         raise InputError(f"{neighbours} neighbours were asked for among {others} samples; ask for 1 to {others}")
+    # Half precision knows no number like exp(1 / 0.07).
+    dtype = torch.promote_types(torch.promote_types(examples.dtype, queries.dtype), torch.float32)
+    examples, answers, queries = examples.to(dtype), answers.to(dtype), queries.to(dtype)
     cosine = F.normalize(queries, dim=-1, eps=1e-8) @ F.normalize(examples, dim=-1, eps=1e-8).mT
     nearest, index = cosine.topk(neighbours + skip_first)
     weight = (nearest[:, int(skip_first) :] / TEMPERATURE).exp()
