@@ -58,16 +58,28 @@ def products(graph: Any) -> list[Any]:
 
     What is before it has the range of pixels, of which the next image may have brighter ones.
     """
-    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    weights = matrices(graph)
     behind, found = set[str](), []
     for node in graph.node:
         if node.op_type in NORMS or behind.intersection(node.input):
             behind.update(node.output)
         if node.op_type not in ("MatMul", "Gemm") or node.input[0] not in behind:
             continue
-        shape = weights.get(node.input[1], ())
-        if len(shape) == 2 and min(shape) >= NARROW:
+        if (weight := weights.get(node.input[1])) and min(weight[0].dims) >= NARROW:
             found.append(node)
+    return found
+
+
+def matrices(graph: Any) -> dict[str, tuple[Any, bool]]:
+    """Give the constant matrices by name, and whether the name stands for the transposed one.
+
+    Exporters leave what several calls transpose, as of an encoder that several sensors share, as nodes.
+    """
+    found = {tensor.name: (tensor, False) for tensor in graph.initializer if len(tensor.dims) == 2}
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in found:
+            tensor, flipped = found[node.input[0]]
+            found[node.output[0]] = tensor, not flipped
     return found
 
 
@@ -77,8 +89,8 @@ def input_ranges(model: Any, found: Iterable[Any], seen: Iterable[Mapping[str, n
 
     watched, helper = onnx.ModelProto(), onnx.helper
     watched.CopyFrom(model)
-    channels = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    sizes = {node.input[0]: channels[node.input[1]][1 if _flipped(node) else 0] for node in found}
+    weights = matrices(model.graph)
+    sizes = {node.input[0]: weights[node.input[1]][0].dims[_flipped(node, weights)] for node in found}
     constants = {"rows": np.array([0])} | {f"{name}.shape": np.array([-1, size]) for name, size in sizes.items()}
     watched.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
     for name in sizes:
@@ -115,7 +127,7 @@ def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
     from onnx.helper import make_node
     from onnx.numpy_helper import from_array, to_array
 
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    weights, biases = matrices(graph), {tensor.name: tensor for tensor in graph.initializer}
     chosen, nodes, written = {node.output[0] for node in found}, list[Any](), set[str]()
 
     def constant(name: str, value: np.ndarray) -> str:
@@ -149,12 +161,12 @@ def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
             nodes.append(node)
             continue
         x, weight, *bias = node.input
-        value = to_array(weights[weight])
-        value = value.T if _flipped(node) else value
+        value = to_array(weights[weight][0])
+        value = value.T if _flipped(node, weights) else value
         both = [through(x, of_input(x)), through(weight, of_weight(weight, value))]
         # What a shift takes from the input comes back behind the product, in full precision.
         back = None if (shift := ranges[x].shift) is None else (shift.astype("f8") @ value).astype("f4")
-        added = [to_array(weights[name]) for name in bias] + ([] if back is None else [back])
+        added = [to_array(biases[name]) for name in bias] + ([] if back is None else [back])
         product = f"{node.output[0]}.product" if added else node.output[0]
         nodes.append(make_node("MatMul", both, [product], name=node.name))
         if added:
@@ -167,9 +179,9 @@ def replace_products(graph: Any, found: Iterable[Any], ranges: Ranges) -> None:
     graph.initializer.extend(kept)
 
 
-def _flipped(node: Any) -> bool:
-    """Say whether a product's weights are [N, K]."""
-    return any(a.name == "transB" and a.i for a in node.attribute)
+def _flipped(node: Any, weights: Mapping[str, tuple[Any, bool]]) -> bool:
+    """Say whether the constant behind a product's weights is [N, K]."""
+    return weights[node.input[1]][1] != any(a.name == "transB" and a.i for a in node.attribute)
 
 
 def whole_numbers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
