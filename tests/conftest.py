@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# What is tried is the same in each run, and how long it takes, on a machine that may be busy, does not matter.
+settings.register_profile("panterra", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("panterra")
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,6 +22,11 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real samples are absent: no folder {folder}; set PANTERRA_DATA to it")
     return folder
+
+
+def pytest_runtest_setup() -> None:
+    """Let what a test and its fixtures draw not depend on the tests before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

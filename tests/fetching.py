@@ -25,7 +25,7 @@ def server(archive):
 
 
 def connect(provider, access):
-    return Web(access.sign, per_second=1e6, pause_s=0.001, timeout_s=5, tries=4)
+    return Web(access.sign, per_second=1e6, pause_s=0.001, tries=4)
 
 
 def fetch(server, out, modalities=("sentinel2_l2a",), *, aoi=WHERE, dates="2024-01/2024-02", options=None, **wishes):

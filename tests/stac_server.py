@@ -1,6 +1,7 @@
 """A STAC API and its files on the loopback, with the faults that such servers have, and a small archive to serve."""
 
 import json
+import math
 import threading
 import time
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ class Server:
     """What ?sig= must say for a file; None for public files."""
     ranges: bool = True
     slow_s: float = 0.0
+    files_left: float = math.inf
+    """How many requests for files are answered before all further ones hang."""
     log: list = field(default_factory=list)
     headers: list = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,11 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         server.headers.append(dict(self.headers))
         path = urlsplit(self.path).path
         fault = server.fault(path)
-        if fault == "hang":
-            time.sleep(0.6)
-            fault = "drop"
-        if fault == "drop":
-            self.close_connection = True
+        if fault in ("drop", "hang"):
+            self.leave(wait=fault == "hang")
             return
         if isinstance(fault, int | tuple):
             status, after = fault if isinstance(fault, tuple) else (fault, None)
@@ -89,6 +89,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = json.dumps(self.api(server, path, asked)).replace("{address}", server.address).encode()
         self.send(content, short=fault == "truncate", headers={"Content-Type": "application/json"})
+
+    def leave(self, *, wait):
+        """Answer nothing, at once or when the client has given up."""
+        if wait:
+            self.rfile.read(1)
+        self.close_connection = True
 
     def api(self, server, path, asked):
         if path == "/":
@@ -127,6 +133,12 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, server, path, asked, short):
         if server.signature is not None and asked.get("sig") != server.signature:
             self.send(b"expired", status=403)
+            return
+        with server.lock:
+            server.files_left -= 1
+            stuck = server.files_left < 0
+        if stuck:
+            self.leave(wait=True)
             return
         time.sleep(server.slow_s)
         try:

@@ -13,11 +13,14 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
+from shapely.geometry import Point
 
 from panterra.cli import app, main
 from panterra.commands.probe import unseen_mistakes
 from panterra.commands.terminal import show_json
 from panterra.evaluate.probes import fit_probe
+from panterra.modalities import MODALITIES
 from panterra.models.adapters.offers import ADAPTERS
 from panterra.planet import write_planet_scene
 
@@ -223,6 +226,57 @@ def test_labels_of_another_year_are_left_out_and_counted(planet, embeddings, tmp
     assert "labels of" in complaint(capsys, *arguments)
 
 
+def test_a_class_that_no_patch_is_labelled_with_is_told_of(planet, embeddings, tmp_path, capsys):
+    frame = gpd.read_file(planet / "labels.geojson")
+    frame.loc[len(frame)] = {**frame.iloc[0], "class": "moraine", "geometry": Point(0, 0)}
+    frame.to_file(tmp_path / "more.geojson")
+    arguments = probe_arguments(embeddings, planet, tmp_path / "probe")
+    assert main([str(tmp_path / "more.geojson") if a == planet / "labels.geojson" else str(a) for a in arguments]) == 0
+    assert "no patch with data is labelled moraine" in capsys.readouterr().err
+
+
+def test_imagery_of_another_level_is_told_from_what_a_model_looks_at(tmp_path, capsys):
+    grid = {"height": 64, "width": 64, "crs": "EPSG:32735", "transform": Affine(10, 0, 600000, 0, -10, 7200000)}
+    names = MODALITIES["sentinel2"].band_names
+    for day in ("20180101", "20190405"):
+        path = tmp_path / f"s2_l1c_{day}.tif"
+        with rasterio.open(path, "w", driver="GTiff", count=len(names), dtype="uint16", **grid) as file:
+            file.write(np.random.default_rng(0).integers(800, 4000, (len(names), 64, 64)).astype("uint16"))
+            file.descriptions = names
+    files = sorted(tmp_path.glob("*.tif"))
+    answer(capsys, "fetch", "--from-files", *files, "--out", tmp_path / "scene")
+    found = answer(capsys, "doctor", tmp_path / "scene", "--model", "panterra-nano")
+    assert (found[0]["level"], "level 1C" in found[0]["fix"]) == ("error", True)
+    model = ("--model", "panterra-nano", "--out", tmp_path / "out.zarr")
+    assert "there is sentinel2, and none of sentinel2_l2a" in complaint(capsys, "embed", tmp_path / "scene", *model)
+    labels = ("--labels", files[0])
+    assert "sentinel2 is level 1C" in complaint(capsys, "finetune", tmp_path / "scene", *labels, *model)
+    data = ("--dataset", "eurosat_ms", "--root", tmp_path)
+    assert "cannot be shown eurosat_ms" in complaint(capsys, "finetune", *data, *model)
+
+
+def test_of_still_images_the_newest_is_named(tmp_path, capsys):
+    grid = {"height": 64, "width": 64, "crs": "EPSG:26910", "transform": Affine(1, 0, 600000, 0, -1, 4200000)}
+    for year in (2012, 2014):
+        path = tmp_path / f"naip_{year}0715.tif"
+        with rasterio.open(path, "w", driver="GTiff", count=4, dtype="uint8", **grid) as file:
+            file.write(np.random.default_rng(year).integers(20, 230, (4, 64, 64)).astype("uint8"))
+            file.descriptions = ("R", "G", "B", "NIR")
+    files = sorted(map(str, tmp_path.glob("*.tif")))
+    assert main(["fetch", "--from-files", *files, "--out", str(tmp_path / "scene")]) == 0
+    assert "naip: 2014-07-15, the newest of 2 dates" in capsys.readouterr().out
+
+
+def test_dates_come_from_a_file_too(tmp_path, capsys):
+    grid = {"height": 24, "width": 40, "crs": "EPSG:32721", "transform": Affine(250, 0, 600000, 0, -250, 8700000)}
+    with rasterio.open(tmp_path / "ndvi.tif", "w", driver="GTiff", count=3, dtype="int16", **grid) as file:
+        file.write(np.random.default_rng(0).integers(1000, 9000, (3, 24, 40)).astype("int16"))
+    days = ["2000-02-18", "2000-03-05", "2000-03-21"]
+    (tmp_path / "dates.csv").write_text("\n".join(days))
+    arguments = ("--modality", "ndvi", "--dates", tmp_path / "dates.csv", "--out", tmp_path / "scene")
+    assert answer(capsys, "fetch", "--from-files", tmp_path / "ndvi.tif", *arguments)["dates"] == {"ndvi": days}
+
+
 def test_undefined_numbers_are_null_in_json(capsys):
     show_json(
         {"f1": [math.nan, {"low": -math.inf, "high": np.float64("nan")}], "share": 0.5, "path": Path("a"), "n": 3}
@@ -312,3 +366,10 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("0", "141")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["fetch", "plan", "map scene --probe probe --out map", "embed scene --out store"])
+def test_an_area_may_lie_west_of_greenwich(command):
+    words = [*command.split(), "--aoi", "-56.4,-1.5,-56.3,-1.4"]
+    _, bound, *_ = app.parse_args(words, exit_on_error=False, print_error=False)
+    assert bound.arguments["aoi"] == "-56.4,-1.5,-56.3,-1.4"

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -233,17 +232,24 @@ def test_models_arrive_as_they_were(model, tmp_path):
 
 
 DRIVER = """
-import resource, sys
+import os, resource, signal, sys
+from pathlib import Path
 from panterra.errors import InputError
 from panterra.mapping.run import embed
 import test_cluster
 
+
+def kill(done, total):
+    if len(list(Path(f"{out}.parts").glob("tile_*"))) >= 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    scene, model, out, limit = sys.argv[1:]
-    if limit != "0":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    scene, model, out, fate = sys.argv[1:]
+    if fate == "starve":  # writes beyond the limit fail as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
     try:
-        embed(scene, model, out, on="processes:1", **test_cluster.CUT)
+        embed(scene, model, out, on="processes:1", progress=kill if fate == "kill" else None, **test_cluster.CUT)
     except InputError as error:
         sys.exit(str(error))
 """
@@ -252,27 +258,21 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and limits")
 def test_a_starved_and_then_killed_driver_goes_on_to_the_same_bytes(scene, model, alone, tmp_path):
-    script, out, parts = tmp_path / "driver.py", tmp_path / "e.zarr", tmp_path / "e.zarr.parts"
+    script, out = tmp_path / "driver.py", tmp_path / "e.zarr"
     script.write_text(DRIVER)
 
-    def drive(limit):
-        # Writes beyond the limit fail as on a full disk.
-        command = [sys.executable, str(script), str(scene), str(model), str(out), limit]
+    def drive(fate):
+        command = [sys.executable, str(script), str(scene), str(model), str(out), fate]
         place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-        return subprocess.Popen(command, env=place, stderr=subprocess.PIPE, text=True)
+        return subprocess.run(command, env=place, capture_output=True, text=True, check=False)
 
-    starved = drive("6000")
-    said = starved.communicate()[1]
+    starved = drive("starve")
     assert starved.returncode == 1
-    assert "cannot write" in said
-    assert "finished tiles are kept in" in said
-    assert "Traceback" not in said
-    killed = drive("0")
-    while len(list(parts.glob("tile_*"))) < 3:
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.002)
-    killed.kill()
-    killed.communicate()
+    assert "cannot write" in starved.stderr
+    assert "finished tiles are kept in" in starved.stderr
+    assert "Traceback" not in starved.stderr
+    killed = drive("kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     done = []
     store = embed(scene, model, out, progress=lambda n, total: done.append(n), **CUT)

@@ -269,6 +269,20 @@ def test_eurosat_ms(tmp_path):
         np.testing.assert_array_equal(found[order.index(band)], stored[index])
 
 
+def test_other_images_of_eurosat(tmp_path):
+    """Some classes, another number of images, names that end in no number."""
+    for name, ends in {"Forest": ("7", "12", "12b", "north"), "River": ("100",)}.items():
+        for end in ends:
+            pixels = miniatures.numbers(len(end), 13, 64, 64, dtype="uint16")
+            miniatures.write_tif(tmp_path / name / f"{name}_{end}.tif", pixels)
+    train, test = (open_labelled("eurosat_ms", tmp_path, split) for split in ("train", "test"))
+    assert train.ids == ("Forest/Forest_7", "Forest/Forest_12", "Forest/Forest_12b", "River/River_100")
+    assert test.ids == ("Forest/Forest_north",)
+    assert [sample.target.item() for sample in train] == [
+        train.class_names.index(n) for n in ["Forest"] * 3 + ["River"]
+    ]
+
+
 @pytest.mark.data
 def test_eurosat_as_it_is(data_dir):
     root = data_dir / "eurosat_ms"

@@ -345,6 +345,21 @@ def test_missing_bands(tmp_path, absent, level, message):
     assert refusing.level == "error"
 
 
+def test_a_scene_without_anything_that_the_model_looks_at(tmp_path):
+    level_1c = scene(tmp_path, "sentinel2", [top_of_atmosphere().astype(np.uint16)])
+    first, *others = examine(level_1c, ["sentinel2_l2a", "landsat"])
+    assert (first.level, first.what) == ("error", "there is sentinel2, and none of sentinel2_l2a, landsat")
+    assert "level 1C" in first.fix
+    assert {finding.level for finding in others} == {"note"}
+    assert "take imagery of one of these" in examine(level_1c, ["landsat"])[0].fix
+
+
+def test_of_still_images_the_newest_is_read(tmp_path):
+    image = np.random.default_rng(0).integers(20, 230, (4, *BOX.shape)).astype(np.uint8)
+    findings = examine(scene(tmp_path, "naip_10", [image, image]))
+    assert any("2 dates, of which the newest is read: 2021-04-09" in finding.what for finding in findings)
+
+
 def levels_of(findings, word):
     return {finding.level for finding in findings if word in finding.what}
 

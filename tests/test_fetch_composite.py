@@ -65,7 +65,7 @@ def test_values_where_nothing_is_valid_do_not_matter(how):
 # Clouds ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6))
 def test_clouds_grow_to_a_disc(seed, distance):
     hidden = np.random.default_rng(seed).random((11, 13)) < 0.05

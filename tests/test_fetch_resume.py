@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ archive, server = fetching.archive, fetching.server
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(server, tmp_path, cache):
     more = ("--cache", str(tmp_path / "cache")) if cache else ()
     assert main(command(server, tmp_path / "whole", "sentinel2_l2a")) == 0
-    server.slow_s = 0.05
+    server.slow_s, server.files_left = 0.05, 16
     out = tmp_path / "killed"
     pieces = tmp_path / "cache" if cache else tmp_path / "killed.parts" / "pieces"
     arguments = command(server, out, "sentinel2_l2a", *more)
@@ -46,7 +47,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(server, tmp_path, cac
     for path in out.with_name("killed.parts").rglob("[!.]*.json"):
         json.loads(path.read_text())
     assert not out.exists()
-    server.slow_s = 0
+    server.slow_s, server.files_left = 0, math.inf
     server.log.clear()
     assert main(arguments) == 0
     assert bytes_of(out) == bytes_of(tmp_path / "whole")

@@ -181,7 +181,7 @@ def test_column_is_found_or_asked_for(tmp_path):
     assert read_labels(save(tmp_path / "b.geojson", places, foo=["x"])).names == ("x",)
     path = save(tmp_path / "c.geojson", places, foo=["x"], bar=["y"])
     assert read_labels(path, column="bar").names == ("y",)
-    with pytest.raises(InputError, match="has the columns foo, bar; say with column="):
+    with pytest.raises(InputError, match="has the columns foo, bar; say with --column"):
         read_labels(path)
     with pytest.raises(InputError, match="has no column 'baz'; it has foo, bar"):
         read_labels(path, column="baz")
@@ -206,6 +206,17 @@ def test_raster_of_classes(tmp_path):
     np.testing.assert_array_equal(np.stack([samples.row, samples.col], 1), np.argwhere(codes > 0))
     np.testing.assert_array_equal(samples.target, (codes[codes > 0] == 7).astype(int))
     assert len(set(samples.group.tolist())) == len(samples)
+
+
+def test_pixels_below_zero_are_no_class(tmp_path):
+    codes = np.random.default_rng(0).choice([-1, 0, 1], GRID.shape).astype("int16")
+    labels = read_labels(write_cog(tmp_path / "flood.tif", codes, GRID))
+    assert (labels.kind, labels.names) == ("classes", ("0", "1"))
+    samples = sample_labels(labels, GRID)
+    np.testing.assert_array_equal(np.stack([samples.row, samples.col], 1), np.argwhere(codes >= 0))
+    np.testing.assert_array_equal(samples.target, codes[codes >= 0])
+    with pytest.raises(InputError, match="holds no valid pixel of a class"):
+        read_labels(write_cog(tmp_path / "none.tif", np.full(GRID.shape, -1, "int16"), GRID))
 
 
 def test_raster_of_values(tmp_path):
@@ -237,7 +248,7 @@ def test_unusable_labels_give_one_line(tmp_path):
         "cols.csv": "has the columns a, b; it needs lon and lat",
         "metres.csv": "are not degrees",
         "nocrs.parquet": "does not say its coordinate reference system",
-        "two.gpkg": "has the layers one, two; say which with layer=",
+        "two.gpkg": "has the layers one, two; give a file of one layer",
     }.items():
         with pytest.raises(InputError, match=message) as caught:
             read_labels(tmp_path / name)
@@ -275,7 +286,7 @@ def test_real_labels_open(data_dir, name, column, classes):
 
 @pytest.mark.data
 def test_parcels_without_a_known_column_are_asked_about(data_dir):
-    with pytest.raises(InputError, match="UID, CODE_OBJ, CMP_COD, GWSCOD_H, PRC_GEM; say with column="):
+    with pytest.raises(InputError, match="UID, CODE_OBJ, CMP_COD, GWSCOD_H, PRC_GEM; say with --column"):
         read_labels(data_dir / "flanders_parcels_s1s2" / "parcels_2023.geojson")
 
 

@@ -156,7 +156,7 @@ def test_bands_keep_their_own_gaps_when_resampled(tmp_path):
     np.testing.assert_allclose(values[valid], 5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(sorted(GRIDS)),
     corner=st.tuples(st.integers(0, 10), st.integers(0, 10)),

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -471,10 +471,18 @@ def _bytes_of(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in files}
 
 
-def job(kind: str, folder: Path, out: Path, *, tile_px: int = 32, seconds_per_batch: float = 0) -> None:
+def job(
+    kind: str,
+    folder: Path,
+    out: Path,
+    *,
+    tile_px: int = 32,
+    seconds_per_batch: float = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Map or embed the scene of a folder, always the same."""
     scene, encoder = open_scene(folder), BandMeans(seconds_per_batch)
-    args = {"tile_px": tile_px, "batch_windows": 2, "overlap_px": 8}
+    args = {"tile_px": tile_px, "batch_windows": 2, "overlap_px": 8, "progress": progress}
     if kind == "map":
         make_map(scene, make_probe(), out, model=encoder, probabilities=True, **args)
     else:
@@ -499,20 +507,25 @@ def in_child(work: Callable[[], None]) -> int:
     return pid
 
 
+def kill_soon(tiles: Callable[[], Iterable[Path]], enough: int, seconds: float, done: int, total: int) -> None:
+    """As progress, end this process some time after it has enough tiles.
+
+    The signal ends it as SIGKILL would, and however busy the system is, the job does not get through before.
+    """
+    if len(list(tiles())) >= enough and not any(signal.getitimer(signal.ITIMER_REAL)):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def torment(folder: Path) -> None:
     """Kill jobs at random moments before they may end, and run some that may write small files alone."""
     chance = random.Random(7)
     for kind, name in (("map", "m.tif"), ("embed", "e.zarr")):
         work = partial(job, kind, folder, folder / "killed" / name, seconds_per_batch=0.004)
         for _ in range(4):
-            done = f"{name}.parts/tile_*.safetensors"
-            enough = len(list((folder / "killed").glob(done))) + chance.randint(1, 3)
-            pid = in_child(work)
-            while len(list((folder / "killed").glob(done))) < enough:
-                time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.01))
-            os.kill(pid, signal.SIGKILL)
-            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+            tiles = partial((folder / "killed" / f"{name}.parts").glob, "tile_*.safetensors")
+            more = chance.randint(1, 3)
+            kill = partial(kill_soon, tiles, len(list(tiles())) + more, chance.uniform(0.0001, 0.01))
+            assert os.waitpid(in_child(partial(work, progress=kill)), 0)[1] == signal.SIGALRM
         assert os.waitpid(in_child(work), 0)[1] == 0
     for kind, name, tile_px in LARGE_FILES:
 

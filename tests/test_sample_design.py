@@ -62,7 +62,7 @@ def test_allocations_by_hand():
     how=st.sampled_from(["proportional", "equal", "neyman"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_allocation_adds_up_and_keeps_its_bounds(shares, total, minimum, how, seed):
     rng = np.random.default_rng(seed)
     w = np.array(shares) / sum(shares)

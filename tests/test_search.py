@@ -118,7 +118,7 @@ def test_few_candidates_at_a_time_find_the_same(tmp_path, monkeypatch):
     assert (found.row * BOX.shape[1] + found.col).tolist() == cells.tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(1, 2000), st.integers(1, 60))
 def test_kept_places_keep_their_distance_and_others_are_near_a_better_one(seed, apart_m, most):
     rng = np.random.default_rng(seed)

@@ -30,7 +30,7 @@ def test_pixels_of_a_polygon_stay_together():
 @given(
     seed=st.integers(0, 10**6), folds=st.integers(2, 6), num_groups=st.integers(6, 40), num_classes=st.integers(1, 6)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_stay_whole_and_every_class_is_always_learned(seed, folds, num_groups, num_classes):
     rng = np.random.default_rng(seed)
     groups = rng.permutation(np.arange(400) % num_groups)

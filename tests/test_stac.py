@@ -334,7 +334,7 @@ def test_absent_bands_are_filled_by_their_neighbour_or_refused(tmp_path):
     with pytest.raises(InputError, match="item a lacks B8A, B01, B09 of sentinel2_l2a"):
         open_scene([item], fill_missing_bands=False).read("sentinel2_l2a", BOX)
     del item.assets["B04"]
-    with pytest.raises(InputError, match="lacks B04, B8A, B01, B09"):
+    with pytest.raises(InputError, match=r"lacks B04 of sentinel2_l2a, .* or leave sentinel2_l2a out"):
         open_scene([item]).read("sentinel2_l2a", BOX)
 
 

@@ -15,7 +15,7 @@ def windows_of(lattice: Lattice) -> list[Window]:
     return [window for tile in lattice.tiles() for window in tile.windows]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(CASES)
 def test_windows_depend_on_the_lattice_alone_and_have_one_owner(case):
     height, width, window, overlap, tile = case
@@ -26,7 +26,7 @@ def test_windows_depend_on_the_lattice_alone_and_have_one_owner(case):
     assert set(seen) == set(windows_of(whole))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(CASES)
 def test_tiles_cover_every_patch_once_and_windows_at_least_once(case):
     height, width, window, overlap, tile = case
@@ -47,7 +47,7 @@ def test_tiles_cover_every_patch_once_and_windows_at_least_once(case):
     assert lattice.num_tiles == sum(1 for _ in lattice.tiles())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(CASES)
 def test_a_tile_reaches_its_neighbours_at_most(case):
     height, width, window, overlap, tile = case

@@ -17,12 +17,16 @@ def fetch(
     aoi: Annotated[
         str | None,
         Parameter(
-            help="What to cover: a vector file, or west,south,east,north in degrees; over the antimeridian west > east."
+            allow_leading_hyphen=True,
+            help="What to cover: vector file, or west,south,east,north in degrees; over the antimeridian west > east.",
         ),
     ] = None,
     dates: Annotated[
         list[str] | None,
-        Parameter(consume_multiple=True, help="With --aoi a span such as 2024-01/2024-12; else YYYY-MM-DD per file."),
+        Parameter(
+            consume_multiple=True,
+            help="With --aoi a span such as 2024-01/2024-12; else YYYY-MM-DD per file, or a text file of them.",
+        ),
     ] = None,
     modalities: Annotated[list[str] | None, Parameter(consume_multiple=True, help="What to fetch.")] = None,
     declare: Annotated[

@@ -22,7 +22,11 @@ TilePx = Annotated[int, Parameter(help="Side of a unit of work: bounds memory; t
 On = Annotated[str, Parameter(help="Where tiles are computed: local, processes:N, ray, or ray://HOST:10001.")]
 CrsCode = Annotated[str, Parameter(help="Projected CRS of the result; by default the UTM zone with most of the area.")]
 Aoi = Annotated[
-    str, Parameter(help="Vector file, or west,south,east,north in degrees: nothing outside is read or mapped.")
+    str,
+    Parameter(
+        allow_leading_hyphen=True,  # west of Greenwich
+        help="Vector file, or west,south,east,north in degrees: nothing outside is read or mapped.",
+    ),
 ]
 Before = Annotated[
     str, Parameter(help="For a model of change: the periods to compare, where not those it was trained on.")

@@ -28,7 +28,10 @@ def plan(
     *,
     aoi: Annotated[
         str | None,
-        Parameter(help="Vector file, or west,south,east,north in degrees: of the scene, or else of imagery to fetch."),
+        Parameter(
+            allow_leading_hyphen=True,
+            help="Vector file, or west,south,east,north in degrees: of the scene, or else of imagery to fetch.",
+        ),
     ] = None,
     dates: Annotated[str | None, Parameter(help="To fetch: a span such as 2024-01/2024-12.")] = None,
     source: Annotated[

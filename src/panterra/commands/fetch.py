@@ -78,7 +78,9 @@ def show_scene(scene: Scene, out: Path, decisions: Sequence[str]) -> None:
     for decision in decisions:
         print(decision)
     for name, seen in dates_of(scene).items():
-        print(f"{name}: {len(seen)} dates, {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"{name}: {seen[0]}")
+        known = {item.date for item in scene.items if item.modality == name}
+        newest = f", the newest of {len(known)} dates, and the one that is read" if len(known) > len(seen) else ""
+        print(f"{name}: {len(seen)} dates, {seen[0]} to {seen[-1]}" if len(seen) > 1 else f"{name}: {seen[0]}{newest}")
     print(f"{out} is a scene; examine it with: panterra doctor {shlex.quote(str(out))}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panterra.commands.terminal import note
+from panterra.data.labelled import card_of
 from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.finetune.examples import Examples, examples_from_dataset, examples_from_scenes
@@ -15,6 +16,7 @@ from panterra.finetune.objects import objects_from_scenes
 from panterra.finetune.pairs import Periods
 from panterra.finetune.run import Result, Settings, finetune
 from panterra.finetune.tasks import kind_of, task_of
+from panterra.imagery.doctor import nothing_shared
 from panterra.imagery.labels import Labels, read_labels
 from panterra.imagery.stac import open_scene, pixel_metres
 from panterra.mapping.areas import common_grid
@@ -56,6 +58,9 @@ def finetune_scenes(
     if absent:
         raise InputError(f"not every scene holds {', '.join(absent)}; leave it out, or give other scenes")
     shown = [m for m in encoder.modalities if any(m in s.modalities for s in opened) and m in (modalities or [m])]
+    if not shown:
+        held = list(dict.fromkeys(m for scene in opened for m in scene.modalities))
+        raise InputError(f"{model} cannot be shown the scenes: {'; '.join(nothing_shared(held, encoder.modalities))}")
     boxes = [common_grid(scene, encoder, modalities) for scene in opened]
     pixel_m = pixel_metres(boxes[0])
     if output_m is None and settings.sub_patches:
@@ -127,6 +132,9 @@ def finetune_dataset(
 ) -> Result:
     """Fine-tune a model on a labelled data set with its own splits."""
     encoder = load_model(model, random=random)
+    held, wanted = card_of(dataset).modalities, modalities or encoder.modalities
+    if not set(held) & set(wanted):
+        raise InputError(f"{model} cannot be shown {dataset}: {'; '.join(nothing_shared(held, wanted))}")
     examples = examples_from_dataset(
         dataset,
         root,

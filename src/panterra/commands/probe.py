@@ -94,6 +94,8 @@ def fit_to_labels(
         conflicts=samples.conflicts,
     )
     present = np.unique(kept.target) if known.kind == "classes" else ()
+    if lost := [name for code, name in enumerate(known.names, start=1) if code not in present]:
+        note(f"no patch with data is labelled {', '.join(lost)}, so the probe does not know what that is")
     probe, report = fit_probe(
         features[seen],
         kept.target,

@@ -25,7 +25,7 @@ def open_eurosat_ms(root: str | Path, split: str) -> LabelledSet:
     root = Path(root)
     ids: list[str] = []
     for name in card.class_names:
-        numbered = sorted((root / name).glob(f"{name}_*.tif"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+        numbered = sorted((root / name).glob(f"{name}_*.tif"), key=lambda path: (len(path.stem), path.stem))
         cut = round(LEARNED * len(numbered))
         ids += [f"{name}/{path.stem}" for path in (numbered[:cut] if split == "train" else numbered[cut:])]
     if not ids:

@@ -51,16 +51,17 @@ def declare_modality(
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"a modality cannot be called {name!r}; take small letters, digits and underscores")
-    waves = dict(bands) if isinstance(bands, Mapping) else dict.fromkeys(bands)
-    if isinstance(bands, str) or not waves or len(waves) != len(bands) or not all(isinstance(b, str) for b in waves):
+    names = list(bands) if isinstance(bands, Sequence | Mapping) and not isinstance(bands, str) else []
+    if not names or not all(isinstance(b, str) for b in names) or len(set(names)) != len(names):
         raise InputError(f"{name} has the bands {bands!r}; give a list of different names, or names with wavelengths")
+    waves = dict(bands) if isinstance(bands, Mapping) else dict.fromkeys(names)
     if wrong := [b for b, w in waves.items() if w is not None and not (_is_number(w) and 0 < w < 100)]:
         raise InputError(f"band {wrong[0]} of {name} has the wavelength {waves[wrong[0]]!r}; give micrometres")
     if not _is_number(gsd) or gsd <= 0:
         raise InputError(f"{name} has pixels of {gsd!r}; give their side in metres")
     if unit not in get_args(Unit):
         raise InputError(f"{name} has the unit {unit!r}; choose one of {', '.join(get_args(Unit))}")
-    ends = () if plausible is None else tuple(plausible)
+    ends = tuple(plausible) if isinstance(plausible, Sequence) else ()
     if plausible is not None and not (len(ends) == 2 and all(map(_is_number, ends)) and ends[0] < ends[1]):
         raise InputError(f"plausible values of {name} are {plausible!r}; give the least and the greatest")
     if not isinstance(dated, bool) or not (nodata is None or _is_number(nodata)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -110,6 +110,9 @@ def examine(scene: Scene, modalities: Sequence[str] | None = None) -> list[Findi
         Finding(level="warning", modality="", what=f"cannot be used: {reason}", fix="correct the item or leave it out")
         for reason in scene.unsupported
     ]
+    if modalities is not None and not set(modalities) & set(scene.modalities):
+        what, fix = nothing_shared(scene.modalities, modalities)
+        findings.append(Finding(level="error", modality="", what=what, fix=fix))
     for name in modalities if modalities is not None else scene.modalities:
         if name in scene.modalities:
             found = list(_examine(scene, name))
@@ -121,6 +124,14 @@ def examine(scene: Scene, modalities: Sequence[str] | None = None) -> list[Findi
                 Finding(level="note", modality=name, what="the scene has none", fix="fetch it, or go without")
             )
     return worst_first(findings)
+
+
+def nothing_shared(holds: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
+    """Say that imagery has none of the modalities that a model looks at, and what to do."""
+    what = f"there is {', '.join(holds)}, and none of {', '.join(wanted)}"
+    if "sentinel2" in holds and "sentinel2_l2a" in wanted:
+        return what, "sentinel2 is level 1C, with the air still in it: take the same dates in level 2A"
+    return what, "take imagery of one of these, or another model"
 
 
 def worst_first(findings: Sequence[Finding]) -> list[Finding]:
@@ -217,6 +228,13 @@ def _dates(name: str, items: Sequence[SceneItem]) -> Iterator[Finding]:
         )
     if [item.date for item in items] != sorted(item.date for item in items):
         yield Finding(level="note", modality=name, what="the items are out of order; they are read by date")
+    if spec.kind == "still" and len(days) > 1:
+        yield Finding(
+            level="note",
+            modality=name,
+            what=f"{len(days)} dates, of which the newest is read: {days[-1]}",
+            fix="for another date make a scene of its files",
+        )
     if spec.kind != "series":
         return
     if len(days) == 1:

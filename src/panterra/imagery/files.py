@@ -132,11 +132,12 @@ def _opened(path: Path, bands: Sequence[str] | None, decisions: list[str]) -> li
 
 
 def _parse_dates(dates: str | Path | Sequence[str | dt.date]) -> list[dt.date]:
-    if isinstance(dates, str | Path):
-        text = Path(dates).read_text() if Path(dates).is_file() else str(dates)
-        dates = text.replace(",", " ").split()
+    given: list[str | Path | dt.date] = [dates] if isinstance(dates, str | Path) else [*dates]
+    if len(given) == 1 and not isinstance(given[0], dt.date):
+        text = Path(given[0]).read_text("utf-8-sig") if Path(given[0]).is_file() else str(given[0])
+        given = [*text.replace(",", " ").split()]
     try:
-        return [day if isinstance(day, dt.date) else dt.date.fromisoformat(day.strip()[:10]) for day in dates]
+        return [day if isinstance(day, dt.date) else dt.date.fromisoformat(str(day).strip()[:10]) for day in given]
     except ValueError as error:
         raise InputError(f"--dates has something else than dates ({error}); write them as YYYY-MM-DD") from None
 

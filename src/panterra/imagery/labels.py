@@ -95,7 +95,7 @@ def read_labels(
 
     The column is one of `COLUMNS` unless named, or the only field of OlmoEarth's `oe_labels`. Text is a class, a
     fraction a value, whole numbers are classes while they are few (`MAX_NUMBERED`), unless `kind` says which. Features
-    without geometry or target are left out.
+    without geometry or target are left out, and pixels of a raster of classes that are nodata or below zero.
     """
     path = Path(path)
     if not path.exists():
@@ -209,7 +209,7 @@ def _read_frame(path: Path, layer: str | None) -> gpd.GeoDataFrame:
         if layer is not None and layer not in layers:
             raise InputError(f"{path} has no layer {layer!r}; it has {', '.join(layers)}")
         if layer is None and len(layers) > 1:
-            raise InputError(f"{path} has the layers {', '.join(layers)}; say which with layer=")
+            raise InputError(f"{path} has the layers {', '.join(layers)}; give a file of one layer (in Python: layer=)")
         frame = gpd.read_file(path, layer=layer)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, pyarrow.ArrowInvalid) as error:
         reason = str(error).splitlines()[0].split(";")[0]
@@ -290,7 +290,10 @@ def _column(frame: gpd.GeoDataFrame, asked: str | None, path: Path) -> str:
             return by_name[name]
     if len(columns) == 1:
         return columns[0]
-    raise InputError(f"{path} has the columns {', '.join(columns)}; say with column= which holds the class or value")
+    raise InputError(
+        f"{path} has the columns {', '.join(columns)}; say with --column (column= in Python) which holds the class "
+        "or value"
+    )
 
 
 def _is_values(given: pd.Series[Any]) -> bool:
@@ -369,11 +372,11 @@ def _raster_labels(path: Path, kind: Kind | None) -> Labels:
         return Labels(frame=empty, kind="values", raster=path)
     for part in _blocks(grid_of(path)):
         values, valid = read_onto(path, part, bands=[1], categorical=True)
-        found |= set(np.unique(values[valid]).tolist())
+        found |= {value for value in np.unique(values[valid]).tolist() if value >= 0 or value in names}
         if len(found) > MAX_NUMBERED and kind is None and not names:
             return Labels(frame=empty, kind="values", raster=path)
     if not found:
-        raise InputError(f"{path} holds no valid pixel; labels need some")
+        raise InputError(f"{path} holds no valid pixel of a class; labels need some")
     codes = tuple(sorted(found))
     spare = distinct_colours(len(codes))
     return Labels(
@@ -389,6 +392,8 @@ def _raster_labels(path: Path, kind: Kind | None) -> Labels:
 def _sample_raster(labels: Labels, box: GeoBox) -> LabelSamples:
     assert labels.raster is not None
     values, valid = read_onto(labels.raster, box, bands=[1], categorical=labels.kind == "classes")
+    if labels.kind == "classes":
+        valid = valid & np.isin(values, np.array(labels.codes, np.float32))
     cells = np.flatnonzero(valid[0]).astype(np.int64)
     target: npt.NDArray[Any] = values[0].ravel()[cells]
     if labels.kind == "classes":

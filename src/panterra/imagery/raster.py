@@ -341,7 +341,7 @@ def _handle(name: str) -> DatasetReader:
             stat = Path(name).stat()
         except FileNotFoundError:
             raise InputError(f"there is no file {name}") from None
-        key += (stat.st_mtime_ns, stat.st_size)
+        key += (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     handles: OrderedDict[tuple[Any, ...], DatasetReader] = _threads.__dict__.setdefault("handles", OrderedDict())
     if key not in handles:
         opened = rasterio.open(name)

@@ -208,19 +208,20 @@ class Scene:
 
     def _sources(self, item: SceneItem, spec: Modality) -> dict[str, str]:
         """Decide which band of an item serves each band of the modality."""
-        present, chosen = set(item.bands), {}
+        present, chosen, missing = set(item.bands), {}, []
         for name in spec.band_names:
             source = name
             stand_ins = SUBSTITUTES.get(spec.name, {}) if self.fill_missing_bands else {}
             for _ in range(2):
                 source = stand_ins.get(source, source) if source not in present else source
             if source not in present:
-                missing = ", ".join(n for n in spec.band_names if n not in present)
-                raise InputError(
-                    f"item {item.id} lacks {missing} of {spec.name}, for which no other band may stand in; "
-                    "add the files of these bands"
-                )
+                missing.append(name)
             chosen[name] = source
+        if missing:
+            raise InputError(
+                f"item {item.id} lacks {', '.join(missing)} of {spec.name}, for which no other band may stand in; "
+                f"add the files of these bands, or leave {spec.name} out by naming the other modalities"
+            )
         return chosen
 
 

@@ -346,14 +346,14 @@ def _placeless(modality: str) -> bool:
 def _modalities(scene: Scene, encoder: Encoder, wanted: Sequence[str] | None) -> tuple[str, ...]:
     usable = [name for name in scene.modalities if name in encoder.modalities]
     absent = [name for name in wanted or () if name not in usable]
-    if not usable:
-        why = "; ".join(nothing_shared(scene.modalities, encoder.modalities))
-        raise InputError(f"{encoder.name} cannot be shown the scene: {why}")
     if absent:
         raise InputError(
             f"cannot use {', '.join(absent)}: the scene holds {', '.join(scene.modalities)}, and "
             f"{encoder.name} looks at {', '.join(encoder.modalities)}"
         )
+    if not usable:
+        why = "; ".join(nothing_shared(scene.modalities, encoder.modalities))
+        raise InputError(f"{encoder.name} cannot be shown the scene: {why}")
     return tuple(name for name in usable if wanted is None or name in wanted)
 
 
