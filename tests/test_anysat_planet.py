@@ -13,6 +13,7 @@ from panterra.models.weights import load_model
 from panterra.planet import CLASSES, CRS, Planet
 from panterra.recipes.anysat import run_from
 from panterra.recipes.anysat_planet import (
+    CELLS_WEIGHT,
     DATES,
     LOOKS_WEIGHT,
     SERIES,
@@ -133,7 +134,7 @@ def test_a_run_trains_checks_and_exports_a_model_that_embeds_any_mix(close, far,
     watched = Tiles(regions=far, metres=60, modalities=SERIES)
     run = planet_run(recipe, close, far, statistics=statistics, checks=[land_cover_check({"series": watched}, every=3)])
     assert run.settings["masking"]["target_blocks"] == 2
-    assert run.settings["looks_weight"] == LOOKS_WEIGHT
+    assert (run.settings["looks_weight"], run.settings["cells_weight"]) == (LOOKS_WEIGHT, CELLS_WEIGHT)
     quiet = Options(device="cpu", workers=0, logs=("jsonl",))
     result = train(run, tmp_path, quiet, progress=lambda *_: None)
     assert result.finished
@@ -143,6 +144,13 @@ def test_a_run_trains_checks_and_exports_a_model_that_embeds_any_mix(close, far,
     start = run.objective().encoder
     for name, part in start.projectors.items():
         assert torch.equal(first_layer(model.projectors[name]).weight, first_layer(part).weight)
+    for trained, kept in zip(
+        model.projectors["aerial"].parameters(), start.projectors["aerial"].parameters(), strict=True
+    ):
+        assert torch.equal(trained, kept)
+    assert not torch.equal(
+        model.projectors["s2"].stages[1].linear.weight, start.projectors["s2"].stages[1].linear.weight
+    )
     # A patch size, a tile size and a mix of sensors that the run did not have.
     tiles = Tiles(regions=far, metres=60, modalities=("sentinel1", "landsat"))
     patches = embed_patches(model, tiles, patch_m=30)
@@ -172,6 +180,29 @@ def test_a_calibrated_start_has_no_constants_and_looks_at_home(close, far):
     at_home = torch.eye(16, dtype=torch.bool)
     assert scores[0, 0, :, 1:][at_home].min() > 2
     assert scores[0, 0, :, 1:][~at_home].abs().max() < 0.5
+
+
+def test_an_aerial_patch_looks_as_its_cells_do_on_average(close, far):
+    run = planet_run(tiny_recipe(), close, far, statistics=planet_statistics(close, far))
+    objective = run.objective()
+    view = next(v for i in range(16) if "aerial" in (v := run.batches(0, 1)[10**5 + i][0]).inputs)
+    given, grid = view.inputs["aerial"], view.grid
+    looks = objective.looks("aerial", view)
+    assert set(looks) == {"aerial", "aerial_cells"}
+    assert set(objective.looks("s2", view)) == {"s2"}
+    cells, _ = objective.encoder.projectors["aerial"](given, grid)
+    torch.testing.assert_close(looks["aerial_cells"][0], cells.mean(2))
+    # Where a cell has no data the others count alone.
+    valid = torch.ones_like(given.values[:, :, 0], dtype=torch.bool)
+    valid[:, :, :10, :10] = False
+    some = replace(view, inputs={"aerial": replace(given, valid=valid)})
+    found, seen = objective.looks("aerial", some)["aerial_cells"]
+    assert seen.all()
+    torch.testing.assert_close(found[:, 0], cells[:, 0, 1:].mean(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 1:], cells[:, 1:].mean(2), atol=1e-5, rtol=1e-5)
+    objective.standardise_looks([view])
+    rows = (looks["aerial_cells"][0] - objective.mean["aerial_cells"]) / objective.std["aerial_cells"]
+    assert rows.flatten(0, 1).mean(0).abs().max() < 1e-4
 
 
 def test_directions_cross_what_varies():

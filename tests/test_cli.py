@@ -368,7 +368,9 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["fetch", "plan", "map scene --probe probe --out map", "embed scene --out store"])
+@pytest.mark.parametrize(
+    "command", ["fetch", "plan", "map scene --probe probe --out map", "embed scene --model nano --out store"]
+)
 def test_an_area_may_lie_west_of_greenwich(command):
     words = [*command.split(), "--aoi", "-56.4,-1.5,-56.3,-1.4"]
     _, bound, *_ = app.parse_args(words, exit_on_error=False, print_error=False)

@@ -2,7 +2,9 @@
 
 Prediction in the space of a teacher and the contrast between sensors ask for what sensors have in common; neither minds
 if the rest is lost. OmniSat (Astruc et al. 2024), from which AnySat comes, rebuilt pixels beside its contrast; here a
-few numbers of each patch do: how bright each band is, how much it varies, and how it goes through the year.
+few numbers of each patch do: how bright each band is, how much it varies, and how it goes through the year. Of still
+images these say little, so that there is a second look at them: what a frozen projector makes of the patch's cells, on
+average. Random features such as those tell much of images from above (Rolf et al. 2021).
 """
 
 from __future__ import annotations
@@ -41,13 +43,16 @@ class JEPAWithLooks(JEPA):
     """Student, predictor, teacher, and the linear layers that tell looks, which are thrown away afterwards.
 
     From a patch's embedding they tell how it looks to every sensor, hidden ones included, and from what one sensor's
-    part of the student makes of a patch, before sensors are brought together, how it looks to that sensor.
+    part of the student makes of a patch, before sensors are brought together, how it looks to that sensor. Projectors
+    of still images are looks themselves and have to be frozen.
     """
 
-    def __init__(self, config: JEPAConfig, *, looks_weight: float) -> None:
+    def __init__(self, config: JEPAConfig, *, looks_weight: float, cells_weight: float = 1.0) -> None:
         super().__init__(config)
-        self.looks_weight = looks_weight
-        sizes = {sensor.name: look_size(sensor) for sensor in config.encoder.sensors}
+        self.looks_weight, self.cells_weight = looks_weight, cells_weight
+        sensors = config.encoder.sensors
+        sizes = {sensor.name: look_size(sensor) for sensor in sensors}
+        sizes |= {cells_of(sensor.name): config.encoder.dim for sensor in sensors if not sensor.dated}
         self.of_patch = nn.ModuleDict({name: nn.Linear(config.encoder.dim, size) for name, size in sizes.items()})
         self.of_token = nn.ModuleDict({name: nn.Linear(config.encoder.dim, size) for name, size in sizes.items()})
         self.mean = nn.ParameterDict({name: _constant(torch.zeros(size)) for name, size in sizes.items()})
@@ -65,22 +70,45 @@ class JEPAWithLooks(JEPA):
         """Compare what is told of the context's patches and of tokens with what sensors saw on all dates."""
         context, losses = seen.encoded[:, 1:].float(), []
         for name, tokens in seen.patches.items():
-            wanted, valid = describe(tiles.inputs[name], self.encoder.sensors[name], tiles.grid)
-            wanted = (wanted - self.mean[name]) / self.std[name]
-            losses.append(_error(self.of_token[name](tokens.float()), wanted, valid))
-            wanted = take(wanted, tiles.masks.context)
-            losses.append(_error(self.of_patch[name](context), wanted, valid.gather(1, tiles.masks.context)))
-        return torch.stack(losses).mean()
+            for look, (wanted, valid) in self.looks(name, tiles).items():
+                wanted = (wanted - self.mean[look]) / self.std[look]
+                weight = 1.0 if look == name else self.cells_weight
+                losses.append(weight * _error(self.of_token[look](tokens.float()), wanted, valid))
+                wanted, valid = take(wanted, tiles.masks.context), valid.gather(1, tiles.masks.context)
+                losses.append(weight * _error(self.of_patch[look](context), wanted, valid))
+        return torch.stack(losses).sum() / (2 * len(seen.patches))
+
+    @torch.no_grad()
+    def looks(self, name: str, tiles: MaskedTiles) -> dict[str, tuple[Float[Tensor, "b p _k"], Bool[Tensor, "b p"]]]:
+        """Say by name how patches look to a sensor, and which have data."""
+        given, sensor = tiles.inputs[name], self.encoder.sensors[name]
+        wanted, valid = describe(given, sensor, tiles.grid)
+        found = {name: (wanted, valid)}
+        if not sensor.dated:
+            cells, seen = self.encoder.projectors[name](given, tiles.grid)
+            if seen is None:
+                seen = torch.ones_like(cells[..., 0], dtype=torch.bool)
+            mean = (cells * seen[..., None]).sum(2) / seen.sum(2, keepdim=True).clamp(min=1)
+            found[cells_of(name)] = mean, valid
+        return found
 
     @torch.no_grad()
     def standardise_looks(self, views: Sequence[MaskedTiles]) -> None:
         """Fit by what looks are standardised, to some tiles."""
-        for name, sensor in self.encoder.sensors.items():
-            found = [describe(view.inputs[name], sensor, view.grid) for view in views if name in view.inputs]
-            if found:
-                std, mean = torch.std_mean(torch.cat([wanted[valid] for wanted, valid in found]), 0)
-                self.mean[name].copy_(mean)
-                self.std[name].copy_(std.clamp_min(1e-2))
+        rows: dict[str, list[Tensor]] = {}
+        for view in views:
+            for name in view.inputs:
+                for look, (wanted, valid) in self.looks(name, view).items():
+                    rows.setdefault(look, []).append(wanted[valid])
+        for look, found in rows.items():
+            std, mean = torch.std_mean(torch.cat(found), 0)
+            self.mean[look].copy_(mean)
+            self.std[look].copy_(std.clamp_min(1e-2))
+
+
+def cells_of(name: str) -> str:
+    """Name the look that a still image's cells are."""
+    return f"{name}_cells"
 
 
 def _constant(x: Tensor) -> nn.Parameter:

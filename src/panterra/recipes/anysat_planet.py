@@ -290,16 +290,16 @@ SOURCES = (
 MASKING = BlockMasking(target_area=(0.15, 0.5), target_blocks=2)
 """Smaller and fewer blocks than published: those leave one patch of context on tiles as small as these."""
 
-LOOKS_WEIGHT = 5.0
-"""Of what linear layers tell of what sensors saw, see `jepa_looks`."""
+LOOKS_WEIGHT, CELLS_WEIGHT = 5.0, 2.0
+"""Of what linear layers tell of what sensors saw, and among that of the cells of still images, see `jepa_looks`."""
 
 
 def planet_tiny() -> AnySatRecipe:
     """AnySat of tiny's width on the planet: whether pretraining finds land cover that random weights do not.
 
     Departs from the published run to learn from minutes: the start is calibrated, Muon trains the blocks, the teacher
-    follows faster, targets are standardised by channel, dropped tokens are hidden and half of the samples show the
-    student one sensor alone.
+    follows faster, targets are standardised by channel, dropped tokens are hidden, the contrast counts less and half of
+    the samples show the student one sensor alone.
     """
     return AnySatRecipe(
         name="anysat-planet-tiny",
@@ -317,6 +317,7 @@ def planet_tiny() -> AnySatRecipe:
         lone_sensors=0.5,
         targets="standardised",
         dropped="hidden",
+        contrast_weight=0.3,
         published=False,
         momentum_start=0.99,
         momentum_end=0.999,
@@ -394,10 +395,12 @@ def freeze_first_layers(encoder: AnySat) -> None:
     """Keep the first layers as calibrated (Chen, Xie and He 2021, on patch projections of vision transformers).
 
     An optimiser that moves each weight as far would move them too fast: one direction across the 400 values of an
-    aerial cell, a hundredth in each, outweighs most of what calibration set.
+    aerial cell, a hundredth in each, outweighs most of what calibration set. The rest of what reads a cell, a layer
+    further on, is kept as well: it is what the student has to tell, see `jepa_looks`.
     """
     for part in encoder.projectors.values():
-        first_layer(part).requires_grad_(False)
+        kept = part if isinstance(part, CellProjector) else first_layer(part)
+        kept.requires_grad_(False)
 
 
 def directions(
@@ -468,7 +471,7 @@ def planet_run(
         return mixed
 
     def objective() -> nn.Module:
-        jepa = JEPAWithLooks(recipe.objective, looks_weight=LOOKS_WEIGHT)
+        jepa = JEPAWithLooks(recipe.objective, looks_weight=LOOKS_WEIGHT, cells_weight=CELLS_WEIGHT)
         mixed = batches(0, 1)
         views = [mixed[_CALIBRATION + i][0] for i in range(_VIEWS)]
         calibrate(jepa.encoder, views)
@@ -478,5 +481,5 @@ def planet_run(
         jepa.teacher.statistics = dict(statistics)  # the checks encode what is in declared units
         return jepa
 
-    ours = {"masking": asdict(MASKING), "looks_weight": LOOKS_WEIGHT}
+    ours = {"masking": asdict(MASKING), "looks_weight": LOOKS_WEIGHT, "cells_weight": CELLS_WEIGHT}
     return replace(run, objective=objective, batches=batches, settings={**run.settings, **ours})
