@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES
-from panterra.models.anysat import AnySat, tile_mean
+from panterra.models.anysat import AnySat
 from panterra.models.anysat_attention import HeadAttention, PatchBlock, PatchEncoder, buckets, places
+from panterra.models.anysat_inputs import tile_mean
 from panterra.models.anysat_projectors import (
     HEADS,
     CellProjector,

@@ -34,7 +34,6 @@ from panterra.models.anysat_inputs import (
     read_input,
     whole_cells,
 )
-from panterra.models.anysat_inputs import tile_mean as tile_mean
 from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector
 from panterra.models.anysat_sensors import CELL_M, SENSORS, Sensor, declare, sensor_of
 from panterra.models.anysat_statistics import Statistics, as_json, fit_statistics, statistics_from_json
