@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run", default="run", help="name of the run's folder inside it")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, help="of first weights and batches; the recipe's if left out")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,6 +138,8 @@ def main() -> None:
     recipe = planet_tiny()
     if args.steps:
         recipe = replace(recipe, steps=args.steps, warmup_steps=min(recipe.warmup_steps, args.steps // 4))
+    if args.seed is not None:
+        recipe = replace(recipe, data_seed=args.seed, init_seed=args.seed)
     statistics = planet_statistics(close, far)
     shown = {name: SENSORS[name] for name in ("aerial", "s2", "s1", "landsat", "all")}
     check = land_cover_check(
