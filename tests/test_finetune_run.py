@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import shapely
 import torch
 
 from miniatures import sen1floods11, sickle
+from panterra.cli import main
 from panterra.cli.finetune import finetune as command
 from panterra.errors import InputError
 from panterra.finetune.augment import NONE
@@ -288,6 +290,14 @@ def test_a_model_is_not_overwritten_unasked(scene, labels, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(scene, labels, tmp_path, capsys):
+    what = ["finetune", scene, "--labels", labels, "--column", "class", "--model", "olmoearth-v1.2-nano", "--random", 0]
+    how = ["--window-px", 16, "--block-m", 160, "--method", "head", "--lr", 1e38, "--out", tmp_path / "m"]
+    assert main(list(map(str, what + how))) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"panterra: the loss is (nan|inf) at step \d+, of the samples .+; a smaller lr or precision", last)
+
+
 def test_it_stops_when_nothing_gets_better(scene, labels, tmp_path):
     tuning = replace(QUICK, epochs=30, patience=2, method="head", lr=1e-9)
     result = finetune(examples(scene, labels), tiny_encoder(), tmp_path / "m", Settings(tuning=tuning))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from panterra.errors import InputError
+from panterra.errors import InputError, RunError
 from panterra.train import checkpoint
 from panterra.train.loop import Check, Options, Run, Stopped, export, seed_micro, train
 from panterra.train.optim import Optimisation, learning_rate
@@ -281,25 +282,44 @@ class Crash(Lines):
         return super().__getitem__(step)
 
 
-CRASH = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from test_train_loop import HERE, RUN, Crash
-from panterra.train.loop import train
-train(replace(RUN, batches=Crash), Path(sys.argv[1]), replace(HERE, workers=1, save_every=1))
-"""
-
-
 def test_a_worker_that_dies_leaves_a_valid_checkpoint(tmp_path):
-    # In a process of its own: the news is an exception at any moment, of which some leave an interpreter confused.
-    words = [sys.executable, "-c", CRASH, str(tmp_path / "crashed")]
-    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "worker" in done.stderr
+    message = "a worker that makes batches exited unexpectedly with exit code 3; start the run again"
+    with pytest.raises(RunError, match=message):
+        train(replace(RUN, batches=Crash), tmp_path / "crashed", replace(HERE, workers=1, save_every=1))
     train(RUN, tmp_path / "crashed", HERE)
     train(RUN, tmp_path / "one", HERE)
     assert same(exported(tmp_path / "one"), exported(tmp_path / "crashed"))
+
+
+def test_a_worker_that_is_killed_during_a_checkpoint_leaves_it_whole(tmp_path, monkeypatch):
+    def kill(path, value):
+        if value.get("step") == 4:
+            (one, _) = multiprocessing.active_children()
+            one.kill()
+            wait([one.sentinel])
+        write_json(path, value)
+
+    write_json = checkpoint.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", kill)
+        with pytest.raises(RunError, match="a worker that makes batches was killed by signal: Killed; start the run"):
+            train(RUN, tmp_path / "killed", replace(HERE, workers=2, save_every=1))
+    assert steps_of(tmp_path / "killed") == [4]
+    assert not multiprocessing.active_children()  # the other worker went with it
+    train(RUN, tmp_path / "killed", HERE)
+    train(RUN, tmp_path / "one", HERE)
+    assert same(exported(tmp_path / "one"), exported(tmp_path / "killed"))
+
+
+class Refusing(Lines):
+    def __getitem__(self, step):
+        raise InputError("window 7 is broken; write it anew")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_the_data_is_said_as_the_data_set_says_it(tmp_path, workers):
+    with pytest.raises(InputError, match=r"^window 7 is broken; write it anew$"):
+        train(replace(RUN, batches=Refusing), tmp_path, replace(HERE, workers=workers))
 
 
 def test_another_run_is_not_continued(tmp_path):

@@ -31,7 +31,7 @@ from panterra.cli import (
     sample,
     search,
 )
-from panterra.errors import InputError
+from panterra.errors import InputError, RunError
 
 app = App(
     name="panterra",
@@ -77,7 +77,10 @@ app.command(data.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for what a person can put right, 130 after Ctrl-C."""
+    """Run one command and return its exit status.
+
+    0 is done, 1 a run that broke off, 2 what a person can put right, 130 Ctrl-C, 141 a reader that left.
+    """
     # Threads that wait for each other by spinning take several times as long where other programs want the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -90,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (CycloptsError, InputError) as error:
         return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("panterra"):
             raise

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
-from panterra.errors import InputError
+from panterra.errors import InputError, RunError
 from panterra.evaluate.sweep import Recipe, rates_at
 from panterra.finetune.augment import turn_sample, vary
 from panterra.finetune.card import write_card
@@ -318,7 +318,10 @@ def _step(work: _Work, index: np.ndarray, step: int, *, frozen: bool) -> float:
             scores = model.scores(batch, features)
         loss = examples.task.loss(scores, target, work.options)
         if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}, of samples {[s.id for s in some]}")
+            raise RunError(
+                f"the loss is {loss.item()} at step {step}, of the samples {', '.join(s.id for s in some)};"
+                " a smaller lr or precision float32 may help, in another folder"
+            )
         (loss / len(parts)).backward()
         total += float(loss.detach()) / len(parts)
     clip([p for p in work.trained.parameters.values() if p.grad is not None], tuning.clip_norm)

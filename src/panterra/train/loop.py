@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError
 from panterra.train import checkpoint
+from panterra.train.loading import load_batches
 from panterra.train.logs import Progress, open_logs, progress_bar
 from panterra.train.optim import Optimisation, Waited, learning_rate, make_optimisers, wait
 from panterra.train.parallel import (
@@ -228,9 +228,9 @@ def train(run: Run, out: Path, options: Options | None = None, *, progress: Prog
     with join_ranks(options.device, options.parallel) as ranks, stop_signals() as signals:
         state = begin(run, out, options, ranks, signals)
         end = steps if options.steps_this_time is None else min(steps, state.step + options.steps_this_time)
-        batches = load_batches(run, ranks, range(state.step, end), workers=options.workers)
-        logs = options.logs if ranks.first else ()
+        logs, made = options.logs if ranks.first else (), run.batches(ranks.rank, ranks.world)
         with (
+            load_batches(made, range(state.step, end), workers=options.workers) as batches,
             open_logs(logs, out, step=state.step, run=run.name, settings=describe(run)) as log,
             progress_bar(run.name, shown=ranks.first and progress is None) as bar,
         ):
@@ -420,41 +420,6 @@ def save(run: Run, state: State, out: Path, options: Options) -> None:
     """Write a checkpoint."""
     permanent = state.step % options.keep_every == 0 or state.step == run.optimisation.steps
     checkpoint.save(out / "checkpoints", state.objective, state.optimisers, state.facts(), permanent=permanent)
-
-
-def load_batches(run: Run, ranks: Ranks, steps: range, *, workers: int) -> Iterator[Sequence[Micro]]:
-    """Make the batches of `steps` in order, ahead of time where there are workers."""
-    loader = DataLoader(
-        run.batches(ranks.rank, ranks.world),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_loop,
-    )
-    if workers:
-        allow_open_files()
-    return iter(loader)
-
-
-def _as_it_is(batch: Sequence[Micro]) -> Sequence[Micro]:
-    return batch
-
-
-def _leave_signals_to_the_loop(worker: int) -> None:
-    # Terminals and schedulers signal all processes; workers must live until the step and its checkpoint are done.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def allow_open_files() -> None:
-    """Raise this process's limit of open files as far as it may; each tensor from a worker is one."""
-    if sys.platform != "win32":
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager
