@@ -283,7 +283,7 @@ class Crash(Lines):
 
 
 def test_a_worker_that_dies_leaves_a_valid_checkpoint(tmp_path):
-    message = "a worker that makes batches exited unexpectedly with exit code 3; start the run again"
+    message = "a worker that makes batches ended with exit code 3; start the run again"
     with pytest.raises(RunError, match=message):
         train(replace(RUN, batches=Crash), tmp_path / "crashed", replace(HERE, workers=1, save_every=1))
     train(RUN, tmp_path / "crashed", HERE)
@@ -302,7 +302,7 @@ def test_a_worker_that_is_killed_during_a_checkpoint_leaves_it_whole(tmp_path, m
     write_json = checkpoint.write_json
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", kill)
-        with pytest.raises(RunError, match="a worker that makes batches was killed by signal: Killed; start the run"):
+        with pytest.raises(RunError, match="a worker that makes batches was killed by SIGKILL; start the run"):
             train(RUN, tmp_path / "killed", replace(HERE, workers=2, save_every=1))
     assert steps_of(tmp_path / "killed") == [4]
     assert not multiprocessing.active_children()  # the other worker went with it

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from panterra.errors import InputError, RunError
 
 T = TypeVar("T")
 
-DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? [^)]*\) (?P<how>[^.]*)")
+DIED = "DataLoader worker (pid"
 """How PyTorch's errors about workers that are gone begin."""
 
 
@@ -48,7 +49,9 @@ class _Made(Generic[T]):
 
     def __init__(self, loader: DataLoader[T | _Refused]) -> None:
         self._waiting = self._held = False
+        others = set(active_children())
         self._iterator: Iterator[T | _Refused] | None = iter(loader)
+        self._workers = [child for child in active_children() if child not in others]
         self._raise: Any = signal.getsignal(signal.SIGCHLD) if _hears_of_children() else None
         if self._raise is not None:
             signal.signal(signal.SIGCHLD, self._hear)
@@ -71,7 +74,7 @@ class _Made(Generic[T]):
                 self._raise(signal.SIGCHLD, None)
             batch = next(self._iterator)
         except RuntimeError as error:
-            if (died := DIED.match(str(error))) is None:
+            if not str(error).startswith(DIED):
                 raise
         else:
             if isinstance(batch, _Refused):
@@ -80,10 +83,9 @@ class _Made(Generic[T]):
         finally:
             self._waiting = False
         # Not from within the handler of the error, whose frames would keep the other workers alive.
-        how = died["how"].replace("is killed", "was killed")
         raise RunError(
-            f"a worker that makes batches {how}; start the run again to go on from its newest checkpoint, with fewer"
-            " workers where memory ran out"
+            f"a worker that makes batches {_how_ended(self._workers)}; start the run again to go on from its newest"
+            " checkpoint, with fewer workers where memory ran out"
         )
 
     def close(self) -> None:
@@ -91,6 +93,13 @@ class _Made(Generic[T]):
         self._iterator = None
         if self._raise is not None:
             signal.signal(signal.SIGCHLD, self._raise)
+
+
+def _how_ended(workers: Sequence[BaseProcess]) -> str:
+    code = next((worker.exitcode for worker in workers if worker.exitcode), None)
+    if code is None:
+        return "is gone"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 @dataclass(frozen=True, slots=True)
