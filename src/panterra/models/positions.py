@@ -22,12 +22,12 @@ DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
     """Encode positions 0, step, 2 step, ... by sines, then cosines.
 
-    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d): OlmoEarth's weights were trained so.
+    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d), and in float32, which on large grids is more than
+    rounding: OlmoEarth's weights were trained so.
     """
-    half = dim // 2
-    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (2 * dim))
-    angle = torch.arange(num, dtype=torch.float64)[:, None] * step * omega
-    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+    omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32) / (2 * dim))
+    angle = (torch.arange(num, dtype=torch.float32) * step)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 @lru_cache(maxsize=64)
@@ -41,9 +41,9 @@ def sincos2d(rows: int, cols: int, dim: int, step: float = 1.0) -> Float[Tensor,
 
 def month_table(dim: int) -> Float[Tensor, "12 d"]:
     """Encode the twelve months on a circle, each half of the width one coordinate (OlmoEarth)."""
-    angle = 2 * math.pi * torch.arange(12, dtype=torch.float64) / 12
+    angle = torch.arange(12, dtype=torch.float32) / 12 * 2 * math.pi
     half = dim // 2
-    return torch.cat([angle.sin()[:, None].expand(-1, half), angle.cos()[:, None].expand(-1, half)], dim=1).float()
+    return torch.cat([angle.sin()[:, None].expand(-1, half), angle.cos()[:, None].expand(-1, half)], dim=1)
 
 
 def days_since_2000(day: Int[Tensor, "*b"], month: Int[Tensor, "*b"], year: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
