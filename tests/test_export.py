@@ -134,6 +134,7 @@ def test_a_scene_gets_the_same_embeddings(exported, olmoearth, tmp_path):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5)
     with pytest.raises(InputError, match="window_px=16"):
         embed(scene, exported, tmp_path / "other.zarr", window_px=32, overlap_px=4)
+    assert not (tmp_path / "other.zarr.parts").exists()  # refused before anything is begun
 
 
 def test_nothing_appears_where_it_differs(olmoearth, tmp_path, monkeypatch):

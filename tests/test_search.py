@@ -304,6 +304,14 @@ def test_a_stale_index_is_refused_and_a_copied_one_is_not(tmp_path):
     assert open_index(store).count == built.count
 
 
+def test_a_damaged_index_is_told_of(tmp_path):
+    store = write(tmp_path / "e.zarr", make_features())
+    path = next(build_index(store).folder.glob("part_*"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"e\.zarr\.index is damaged .*remove it, and build the index again"):
+        open_index(store)
+
+
 def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch):
     store = write(tmp_path / "e.zarr", make_features())
     whole = build_index(store, part_vectors=700)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from panterra import MODALITIES, Batch, InputError, Observation, load_model
-from panterra.models.anysat import AnySat, anysat_config
+from panterra.evaluate.cache import identity
+from panterra.models.anysat import AnySat, anysat_config, for_finetuning
 from panterra.models.anysat_convert import published_anysat_state
 from panterra.models.anysat_new_sensor import add_modality
 from panterra.models.features import Encoder, Fitted
@@ -300,6 +301,19 @@ def test_a_saved_anysat_is_the_same_model(tmp_path):
     assert (about["family"], about["missing"], about["layout"]) == ("anysat", "masked", "tokens")
     assert about["statistics"]["s2"]["count"] == 2 * 16 * 16
     assert about["statistics"] == json.loads(json.dumps(about["statistics"]))
+
+
+def test_an_anysats_passport_tells_what_its_sensors_have_differently(tmp_path):
+    usual = load_model("anysat-tiny", random=0)
+    assert "sensors" not in passport(usual)
+    tuned = for_finetuning(usual)
+    about = passport(tuned)
+    assert about["weights_sha256"] == passport(usual)["weights_sha256"]
+    assert set(about["sensors"]) == set(usual.sensors) - {"l8"}
+    assert about["sensors"]["s2"] == about["sensors"]["s1"] == {"period": 366}
+    assert about["sensors"] == json.loads(json.dumps(about["sensors"]))
+    assert passport(load_model(save_model(tuned, tmp_path / "m")))["sensors"] == about["sensors"]
+    assert identity(tuned) != identity(usual)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -75,6 +77,13 @@ for position, (command, example) in enumerate(COMMANDS):
     app.command(command, sort_key=position, help_epilogue=f"Example: {example}")
 app.command(data.app)
 
+OUT_OF_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread")
+"""What RuntimeErrors of PyTorch and of Python say where memory ran out."""
+NO_MEMORY = (
+    "memory ran out; free some, or let the command take less at once (workers, batch, window), and start it again: it "
+    "goes on from what is finished where it can"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
@@ -83,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Threads that wait for each other by spinning take several times as long where other programs want the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_streams()
     try:
         app(
             sys.argv[1:] if arguments is None else list(arguments),
@@ -106,12 +116,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left, as `head` does; nothing more can be said on stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and OUT_OF_MEMORY.search(str(error)) is None:
+            raise
+        return _fail(NO_MEMORY, 1)
+    except UnicodeEncodeError as error:
+        what = f"{error.object[error.start : error.end]!a} is no text in {error.encoding}"
+        return _fail(f"{what}, the encoding of this terminal or locale; set PYTHONUTF8=1 and start again", 2)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(NO_MEMORY, 1)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail("too few files may be open at once; raise the limit, as by ulimit -n 4096", 2)
         if error.strerror is None:  # not of the operating system's, but of a library's
             raise
         where = f" at {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror}{where}; check that the path is right, may be written and has room", 2)
     return 0
+
+
+def _open_streams() -> None:
+    """Let nothing read or written be where standard streams are closed, as some schedulers start their jobs."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this one
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 def _fail(message: str, status: int) -> int:

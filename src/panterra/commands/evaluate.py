@@ -15,6 +15,7 @@ from panterra.energy import recorded
 from panterra.errors import InputError
 from panterra.evaluate.protocols import TUNED
 from panterra.evaluate.suite import Plan, Row, evaluate
+from panterra.files import unfinished
 from panterra.finetune.protocol import tune
 
 COLUMNS = (
@@ -127,12 +128,11 @@ HEADINGS = ("benchmark", "protocol", "model", "labels", "seed", "score", "chosen
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path:
     """Write one line per row, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with unfinished(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(_flat(row) for row in rows)
-    return unfinished.replace(path)
+    return path
 
 
 def _flat(row: Row) -> dict[str, Any]:

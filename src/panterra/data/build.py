@@ -35,7 +35,7 @@ from panterra.data.olmoearth_h5 import Sample, open_corpus, write_corpus
 from panterra.data.openstreetmap import RASTER_M, Features, rasterise, read_features, to_common_grid
 from panterra.data.windows import Cell, Window
 from panterra.errors import InputError
-from panterra.files import unfinished, write_whole
+from panterra.files import claimed, read_json, unfinished, write_whole
 from panterra.imagery.grids import lonlat
 from panterra.imagery.stac import Scene
 from panterra.modalities import MODALITIES
@@ -69,23 +69,24 @@ def build_corpus(root: str | Path, job: Job, *, workers: int = 4, progress: Adva
     plan = _begin(root, job, imagery)
     if (root / "report.json").is_file():
         return _finished(root)
-    osm = None
-    if OSM in plan.modalities and job.choice.osm is not None:
-        osm = read_features(job.choice.osm, cells=sorted({w.cell for w in plan.windows}))
-    todo = [window for window in plan.windows if not _note(root, window).is_file()]
-    done = len(plan.windows) - len(todo)
-    with ThreadPoolExecutor(max_workers=max(workers, 1)) as threads:
-        jobs = [threads.submit(_make_part, root, window, job, plan.modalities, imagery, osm) for window in todo]
-        try:
-            for finished in as_completed(jobs):
-                finished.result()
-                done += 1
-                if progress is not None:
-                    progress(done, len(plan.windows))
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-    _conclude(root, job, plan)
+    with claimed(root / "parts", f"the corpus in {root}"):
+        osm = None
+        if OSM in plan.modalities and job.choice.osm is not None:
+            osm = read_features(job.choice.osm, cells=sorted({w.cell for w in plan.windows}))
+        todo = [window for window in plan.windows if not _note(root, window).is_file()]
+        done = len(plan.windows) - len(todo)
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as threads:
+            jobs = [threads.submit(_make_part, root, window, job, plan.modalities, imagery, osm) for window in todo]
+            try:
+                for finished in as_completed(jobs):
+                    finished.result()
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(plan.windows))
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        _conclude(root, job, plan)
     return _finished(root)
 
 
@@ -94,7 +95,7 @@ def _begin(root: Path, job: Job, imagery: Imagery) -> Plan:
     path = root / "plan.json"
     wanted = json.loads(json.dumps(asdict(job) | {"inputs": _inputs(job, imagery.scene)}, default=str))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, f"remove {root} to start afresh")
         if before["job"] != wanted:
             keys = sorted(k for k in {*before["job"], *wanted} if before["job"].get(k) != wanted.get(k))
             raise InputError(
@@ -248,7 +249,7 @@ def _centre(cell: Cell, row: int, col: int, across: int) -> tuple[float, float]:
 
 def _conclude(root: Path, job: Job, plan: Plan) -> None:
     """Leave out duplicates and write one corpus per split, then the tables and last the report."""
-    notes = [json.loads(_note(root, window).read_text(encoding="utf-8")) for window in plan.windows]
+    notes = [read_json(_note(root, window), "remove it to have that window made again") for window in plan.windows]
     dropped = [*plan.dropped, *(Dropped(**d) for note in notes for d in note["dropped"])]
     filled = [(window, note) for window, note in zip(plan.windows, notes, strict=True) if note["tiles"]]
     if not filled:

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.files import saving_tensors, unfinished
 
 Metric = Literal["euclidean", "cosine", "mahalanobis"]
 
@@ -79,10 +80,9 @@ class Applicability:
             "unit": self.unit,
             "threshold": self.threshold,
         }
-        partial = path.with_name(f".{path.name}.tmp")
         arrays = {"mean": self.mean, "whiten": self.whiten, "examples": self.examples}
-        save_file(arrays, partial, metadata={"applicability": json.dumps(about)})
-        partial.replace(path)
+        with unfinished(path) as partial, saving_tensors(path):
+            save_file(arrays, partial, metadata={"applicability": json.dumps(about)})
         return path
 
 

@@ -33,6 +33,7 @@ from panterra.evaluate.benchmark import (
 )
 from panterra.evaluate.published_statistics import Statistics
 from panterra.evaluate.sweep import Table
+from panterra.files import alive, file_checksum, open_array, write_whole
 from panterra.models.features import Encoder
 from panterra.models.weights import passport
 
@@ -55,8 +56,13 @@ class Store:
     folder: Path
 
     def has(self, about: Mapping[str, Any]) -> bool:
-        """Say whether an array is there, whole."""
-        return self._path(about).is_file()
+        """Say whether an array is there as it was written; one that is damaged is to be made again."""
+        path = self._path(about)
+        try:
+            told = json.loads(path.with_suffix(".json").read_text("utf-8"))
+            return path.is_file() and "cost" in told and told.get("sha256") in (None, file_checksum(path))
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return False
 
     def read(self, about: Mapping[str, Any]) -> Tensor:
         """Open an array; its numbers are read from disk as they are used."""
@@ -72,7 +78,7 @@ class Store:
         """Start an array of `count` rows, which is there once it is finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*.part"):
-            if not _alive(int(left.name.split(".")[-2])):
+            if not alive(int(left.name.split(".")[-2])):
                 left.unlink(missing_ok=True)
         return Writer(self._path(about), about, count)
 
@@ -93,7 +99,7 @@ class Writer:
         values = rows.cpu().numpy()
         if self._array is None:
             shape = (self.count, *values.shape[1:])
-            self._array = np.lib.format.open_memmap(self._temporary, mode="w+", dtype=values.dtype, shape=shape)
+            self._array = open_array(self._temporary, values.dtype, shape)
         self._array[self.done : self.done + len(values)] = values
         self.done += len(values)
 
@@ -108,25 +114,14 @@ class Writer:
         assert self.done == self.count
         self._array.flush()
         self._array = None
-        beside = self._temporary.with_suffix(".json")
-        beside.write_text(json.dumps({"about": self.about, "cost": cost}, indent=1, default=str) + "\n", "utf-8")
-        beside.replace(self.path.with_suffix(".json"))
+        told = {"about": self.about, "cost": cost, "sha256": file_checksum(self._temporary)}
+        write_whole(self.path.with_suffix(".json"), json.dumps(told, indent=1, default=str) + "\n")
         self._temporary.replace(self.path)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
         self._array = None
         self._temporary.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from rasterio.warp import transform
 
 from panterra.errors import InputError
 from panterra.evaluate.area import MAX_CLASSES, ClassArea, class_areas, ground_hectares, read_classes
+from panterra.files import write_whole
 from panterra.imagery.raster import crs_for_rasterio, grid_of
 
 Allocation = Literal["proportional", "equal", "neyman"]
@@ -253,11 +254,8 @@ def write_points(path: str | Path, out: str | Path, design: Design) -> Path:
         ],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.tmp")
     collection = {"type": "FeatureCollection", "name": out.stem, "panterra:design": about, "features": features}
-    partial.write_text(json.dumps(collection, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(out)
-    return out
+    return write_whole(out, json.dumps(collection, indent=1, ensure_ascii=False) + "\n")
 
 
 def _conjectured(users_accuracy: Sequence[float]) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -46,6 +47,7 @@ from panterra.evaluate.subsets import published_subset
 from panterra.evaluate.sweep import ALONE_EVERY, Recipe, Table
 from panterra.evaluate.tuning import TunedTrial, Tuner
 from panterra.evaluate.views import trainable, views_of
+from panterra.files import claimed, write_whole
 from panterra.models.features import Encoder
 from panterra.train.parallel import choose_device
 
@@ -137,27 +139,29 @@ def evaluate(
     plan = replace(plan, device=str(choose_device(plan.device)))
     if tuner is None and (asked := [p for p in plan.protocols if p in TUNED]):
         raise InputError(f"{asked[0]} trains encoders; hand evaluate tuner=panterra.finetune.protocol.tune")
-    out.mkdir(parents=True, exist_ok=True)
-    journal = out / ROWS
-    known = {row.id: row for row in read_rows(journal) if row.error is None}
-    store = Store(folder=cache or out / "features")
-    benchmarks: dict[str, Benchmark | str] = {}
-    for name, root in plan.benchmarks:
-        try:
-            benchmarks[name] = open_benchmark(name, root, limit=plan.limit, as_published=plan.as_published)
-        except Exception as error:
-            benchmarks[name] = reason(error)
-    rows: list[Row] = []
-    for model in plan.models:
-        for name, benchmark in benchmarks.items():
-            note(f"{model if isinstance(model, str) else model.name} on {name}")
-            for row in _compare(plan, model, name, benchmark, store, known, progress, _Tuning(tuner, out / "tuning")):
-                if row.id not in known:
-                    _append(journal, row)
-                if row.protocol in TUNED:
-                    shutil.rmtree(out / "tuning" / row.id, ignore_errors=True)
-                rows.append(row)
-    _rewrite(journal, [*rows, *(row for id, row in known.items() if id not in {r.id for r in rows})])
+    with claimed(out, f"the table in {out}"):
+        journal = out / ROWS
+        known = {row.id: row for row in read_rows(journal) if row.error is None}
+        store = Store(folder=cache or out / "features")
+        benchmarks: dict[str, Benchmark | str] = {}
+        for name, root in plan.benchmarks:
+            try:
+                benchmarks[name] = open_benchmark(name, root, limit=plan.limit, as_published=plan.as_published)
+            except Exception as error:
+                benchmarks[name] = reason(error)
+        rows: list[Row] = []
+        for model in plan.models:
+            for name, benchmark in benchmarks.items():
+                note(f"{model if isinstance(model, str) else model.name} on {name}")
+                for row in _compare(
+                    plan, model, name, benchmark, store, known, progress, _Tuning(tuner, out / "tuning")
+                ):
+                    if row.id not in known:
+                        _append(journal, row)
+                    if row.protocol in TUNED:
+                        shutil.rmtree(out / "tuning" / row.id, ignore_errors=True)
+                    rows.append(row)
+        _rewrite(journal, [*rows, *(row for id, row in known.items() if id not in {r.id for r in rows})])
     return rows
 
 
@@ -168,14 +172,14 @@ def reason(error: Exception) -> str:
 
 
 def read_rows(journal: Path) -> list[Row]:
-    """Read the rows of a run; a last line that a kill cut short is left out."""
+    """Read the rows of a run; a last line that a kill cut short, or a damaged one, is left out."""
     if not journal.is_file():
         return []
     rows = []
-    for line in journal.read_text("utf-8").splitlines():
+    for line in journal.read_bytes().splitlines():
         try:
             rows.append(Row.from_dict(json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return rows
 
@@ -194,9 +198,7 @@ def _append(journal: Path, row: Row) -> None:
 
 
 def _rewrite(journal: Path, rows: Sequence[Row]) -> None:
-    fresh = journal.with_name(f".{journal.name}.part")
-    fresh.write_text("".join(json.dumps(row.as_dict(), default=str) + "\n" for row in rows), "utf-8")
-    fresh.replace(journal)
+    write_whole(journal, "".join(json.dumps(row.as_dict(), default=str) + "\n" for row in rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,9 @@ def _compare(
         yield replace(blank, error=benchmark)
         return
     try:
-        encoder = open_encoder(given, benchmark, plan.device) if isinstance(given, str) else given
+        encoder = (
+            open_encoder(given, benchmark, plan.device) if isinstance(given, str) else _on_device(given, plan.device)
+        )
         source = Source(encoder=encoder, model=identity(encoder), benchmark=benchmark, store=store, device=plan.device)
         able = [p for p in plan.protocols if allowed(p, benchmark.task) and trainable(p, encoder)]
         views = {p: views_of(plan, p, encoder, benchmark) for p in able}
@@ -311,6 +315,14 @@ def _jobs(plan: Plan, source: Source, views: Mapping[Protocol, tuple[View, ...]]
                 compression=compression,
                 recipe=replace(recipe, seed=seed),
             )
+
+
+def _on_device(encoder: Encoder, device: str) -> Encoder:
+    """Give an encoder where the computing is to be done: a copy, where it lies elsewhere."""
+    first = next(encoder.parameters(), None) if isinstance(encoder, torch.nn.Module) else None
+    if first is None or first.device == torch.device(device):
+        return encoder
+    return cast(Encoder, deepcopy(cast(torch.nn.Module, encoder)).to(device))
 
 
 def _tables_by_view(plan: Plan, source: Source, model: str) -> Callable[[View], dict[Role, Table]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, ProbeClass
-from panterra.files import unfinished_folder
+from panterra.files import saving_tensors, unfinished_folder
 from panterra.finetune.boxes import first_guess
 from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.pairs import PARTS, Periods, compare, pair_up
@@ -329,7 +329,8 @@ class FineTuned(nn.Module):
         with unfinished_folder(folder) as fresh:
             save_model(self.encoder, fresh / ENCODER)
             tensors = {key: value.contiguous() for key, value in self._own_state().items()}
-            save_file(tensors, fresh / "model.safetensors")
+            with saving_tensors(folder):
+                save_file(tensors, fresh / "model.safetensors")
             config = {
                 "format": FORMAT,
                 "panterra": version("panterra"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ import rasterio
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
+from panterra.files import claimed, read_json
 from panterra.imagery.choose import Candidate
 from panterra.imagery.composite import blocks, compose_block
 from panterra.imagery.declared import DECLARED
@@ -92,22 +92,23 @@ def pull(
     if out.exists() and not (out / SCENE_FILE).is_file():
         raise InputError(f"{out} is no scene and is not replaced; choose another name")
     storage = _storage(parts, cache, record, replay)
-    plan = make_plan(wish, providers, storage.searches, offline=storage.offline, connect=connect)
-    _begin(parts, plan.job, overwrite=overwrite)
-    pieces, failures, received = _fetch(plan, storage, connect, stage)
-    items, decisions = [], list(plan.decisions)
-    made = stage("composing") if stage else None
-    for number, image in enumerate(plan.images, start=1):
-        item = _make(plan, image, pieces[image.area.box], parts / "scene", decisions)
-        items += [] if item is None else [item]
-        if made:
-            made(number, len(plan.images))
-    if not items:
-        raise InputError(f"no image could be fetched: {failures[0]} (and {len(failures) - 1} more)")
-    licences = sorted({str(item.properties.get(LICENCE, item.properties["license"])) for item in items})
-    save_scene(parts / "scene", items, title or out.name, "; ".join(licences))
-    _replace(parts / "scene", out)
-    shutil.rmtree(parts)
+    with claimed(parts, str(out)):
+        plan = make_plan(wish, providers, storage.searches, offline=storage.offline, connect=connect)
+        _begin(parts, plan.job, overwrite=overwrite)
+        pieces, failures, received = _fetch(plan, storage, connect, stage)
+        items, decisions = [], list(plan.decisions)
+        made = stage("composing") if stage else None
+        for number, image in enumerate(plan.images, start=1):
+            item = _make(plan, image, pieces[image.area.box], parts / "scene", decisions)
+            items += [] if item is None else [item]
+            if made:
+                made(number, len(plan.images))
+        if not items:
+            raise InputError(f"no image could be fetched: {failures[0]} (and {len(failures) - 1} more)")
+        licences = sorted({str(item.properties.get(LICENCE, item.properties["license"])) for item in items})
+        save_scene(parts / "scene", items, title or out.name, "; ".join(licences))
+        _replace(parts / "scene", out)
+        shutil.rmtree(parts)
     return Pulled(scene=open_scene(out), decisions=tuple(decisions), failures=failures, received=received)
 
 
@@ -126,7 +127,7 @@ def _storage(parts: Path, cache: Path | None, record: Path | None, replay: Path 
 def _begin(parts: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
     """Open the folder of an unfinished job, or start it; parts of another job are never mixed in."""
     note = parts / "job.json"
-    before = json.loads(note.read_text("utf-8")) if note.is_file() else None
+    before = read_json(note, f"remove {parts} to start afresh") if note.is_file() else None
     if before is not None and before != job:
         keys = sorted(key for key in {*before, *job} if before.get(key) != job.get(key))
         if not overwrite:

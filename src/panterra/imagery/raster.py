@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import json
@@ -229,25 +230,26 @@ class CogWriter:
             self._block //= 2
         _bound_cache()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = rasterio.open(
-            self._tiles,
-            "w",
-            driver="GTiff",
-            height=box.shape.y,
-            width=box.shape.x,
-            count=count,
-            dtype=self._dtype.name,
-            crs=crs_for_rasterio(box.crs),
-            transform=box.affine,
-            nodata=nodata,
-            tiled=True,
-            blockxsize=self._block,
-            blockysize=self._block,
-            interleave="band",
-            sparse_ok=True,
-            bigtiff="IF_SAFER",
-            **({"photometric": "RGB", "alpha": "NO"} if count == 4 else {}),  # a fourth band is infrared, not a mask
-        )
+        with self._writing():
+            self._file = rasterio.open(
+                self._tiles,
+                "w",
+                driver="GTiff",
+                height=box.shape.y,
+                width=box.shape.x,
+                count=count,
+                dtype=self._dtype.name,
+                crs=crs_for_rasterio(box.crs),
+                transform=box.affine,
+                nodata=nodata,
+                tiled=True,
+                blockxsize=self._block,
+                blockysize=self._block,
+                interleave="band",
+                sparse_ok=True,
+                bigtiff="IF_SAFER",
+                **({"photometric": "RGB", "alpha": "NO"} if count == 4 else {}),  # a fourth is infrared, not a mask
+            )
         for index, name in enumerate(band_names, start=1):
             self._file.set_band_description(index, name)
         if palette:
@@ -264,7 +266,19 @@ class CogWriter:
                 f"pixels are {pixels.dtype} {list(pixels.shape)}; "
                 f"wanted {self._dtype} {[self._count, window.height, window.width]}"
             )
-        self._file.write(pixels, window=window)
+        with self._writing():
+            self._file.write(pixels, window=window)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say where GDAL could not write, as the system would; GDAL's errors, some of which rasterio hides, do not."""
+        try:
+            yield
+        except (RasterioError, CPLE_BaseError) as error:
+            first: BaseException = error
+            while first.__cause__ is not None:
+                first = first.__cause__
+            raise OSError(errno.EIO, f"GDAL could not write, as on a full disk ({first})", str(self.path)) from error
 
     def __enter__(self) -> CogWriter:
         return self
@@ -273,9 +287,10 @@ class CogWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.close()
-            if kind is None:
-                self._finish()
+            with self._writing():
+                self._file.close()
+                if kind is None:
+                    self._finish()
         finally:
             for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tif*"):
                 leftover.unlink()

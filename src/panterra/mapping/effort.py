@@ -17,7 +17,7 @@ from panterra.energy import EnergyMeter, EnergyReport, measure_energy, record
 from panterra.energy.impact import Figure, local_site
 from panterra.energy.ledger import Entry, Note, Status, read_ledger, this_machine
 from panterra.errors import InputError
-from panterra.files import write_whole
+from panterra.files import read_json, write_whole
 from panterra.imagery.stac import pixel_metres
 from panterra.mapping.parts import Parts
 from panterra.mapping.sources import Encoding
@@ -257,7 +257,7 @@ def _earlier(command: str, work: Encoding | Stored, parts: Parts) -> EnergyRepor
     file = _file(parts)
     if not file.is_file():
         return None
-    told = json.loads(file.read_text(encoding="utf-8"))
+    told = read_json(file, "remove it, and what earlier starts of the job have used is not counted")
     lost = told["unrecorded"]
     if lost is not None:
         _record(

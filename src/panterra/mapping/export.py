@@ -8,8 +8,6 @@ import importlib.util
 import io
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from torch import Tensor
 
 import panterra
 from panterra.errors import InputError
+from panterra.files import file_checksum, unfinished_folder
 from panterra.mapping.export_graphs import graph_of
 from panterra.mapping.export_int8 import quantise
 from panterra.mapping.export_looks import Calibration, example_inputs, looks, planet_samples
@@ -39,7 +38,6 @@ from panterra.models.exported import (
     Exported,
     Precision,
     Signature,
-    file_checksum,
     open_exported,
 )
 from panterra.models.features import Features
@@ -141,11 +139,7 @@ def export(
     model = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
     with torch.inference_mode():
         wanted = model.encode(samples, patch_m=patch_m)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
-    try:
-        fresh = work / out.name
-        fresh.mkdir()
+    with unfinished_folder(out) as fresh:
         tell(f"writing {' and '.join(FILES[engine])}")
         with _quiet():
             _WRITERS[engine](model, signature, fresh / FILES[engine][0], dtype)
@@ -162,11 +156,6 @@ def export(
                 "nothing was written: choose another dtype or format"
             )
         _save(fresh, config | {"equality": asdict(equality)})
-        if out.exists():
-            out.replace(work / "replaced")
-        fresh.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return open_exported(out), equality
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from rasterio.errors import RasterioError
-from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from panterra.errors import InputError
-from panterra.files import write_whole
+from panterra.files import read_json, write_whole
 from panterra.mapping.blend import Canvas
 from panterra.mapping.tiles import Tile
 
@@ -59,7 +60,7 @@ class Parts:
         self.folder = out.with_name(f"{out.name}.parts")
         note = self.folder / "job.json"
         wanted = json.loads(json.dumps(job))
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        before = self._before(note, overwrite=overwrite)
         if before is not None and before != wanted and not overwrite:
             keys = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
             raise InputError(
@@ -107,6 +108,30 @@ class Parts:
         note = {"failed": self.failed, "again": sorted(self._again)}
         self._write("failed.json", json.dumps(note, indent=1))
 
+    def _before(self, note: Path, *, overwrite: bool) -> dict[str, Any] | None:
+        """Read what job the parts are of; None where there are none, or damaged ones that are to be replaced."""
+        try:
+            found: dict[str, Any] | None = read_json(note, self._afresh) if note.is_file() else None
+        except InputError:
+            if not overwrite:
+                raise
+            return None
+        return found
+
+    @property
+    def _afresh(self) -> str:
+        return f"remove {self.folder}, and the same job starts afresh"
+
+    @contextlib.contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Say in a line that what earlier starts have finished is not as it was written."""
+        try:
+            yield
+        except InputError:
+            raise
+        except (FileNotFoundError, SafetensorError, ValueError) as error:
+            raise InputError(f"{path} is damaged or gone ({error}); {self._afresh}") from None
+
     def _claim(self) -> None:
         """Refuse what another process is making; two would take each other's unfinished files away."""
         if os.name == "nt":
@@ -137,7 +162,7 @@ class Parts:
         """Take tiles that failed, and those blended without them, for unfinished."""
         note = self.folder / "failed.json"
         if note.is_file():
-            for name in json.loads(note.read_text(encoding="utf-8"))["again"]:
+            for name in read_json(note, self._afresh)["again"]:
                 (self.folder / f"tile_{name}.safetensors").unlink(missing_ok=True)
             note.unlink()
 
@@ -148,7 +173,7 @@ class Parts:
         held = self._held.get((row, col))
         if held is not None:
             return held
-        saved = load_file(self._edges_path(row, col))
+        saved = self._load(self._edges_path(row, col))
         right, bottom = (Canvas(total=saved[f"{n}_total"], weight=saved[f"{n}_weight"]) for n in ("right", "bottom"))
         return right, bottom
 
@@ -169,12 +194,20 @@ class Parts:
 
     def load(self, tile: Tile, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Return what was saved of a finished tile, all of it or some arrays."""
-        with safe_open(self._tile_path(tile), "numpy") as file:
-            return {name: file.get_tensor(name) for name in (names if names is not None else file.keys())}
+        return self._load(self._tile_path(tile), names)
+
+    def _load(self, path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        with self.reading(path), safe_open(path, "numpy") as file:
+            sums = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in (names if names is not None else file.keys())}
+            if any(sums.get(name, _sum(array)) != _sum(array) for name, array in arrays.items()):
+                raise ValueError("it does not hold what was written")
+        return arrays
 
     def require(self, tile: Tile, names: Sequence[str]) -> None:
         """Refuse to go on with a finished tile of an earlier version, which kept less of it."""
-        with safe_open(self._tile_path(tile), "numpy") as file:
+        path = self._tile_path(tile)
+        with self.reading(path), safe_open(path, "numpy") as file:
             if not set(names) <= set(file.keys()):
                 raise InputError(
                     f"{self.folder} holds tiles of an earlier version of panterra, which did not keep what the seam "
@@ -210,7 +243,12 @@ class Parts:
         return self.folder / f"edges_{row:05d}_{col:05d}.safetensors"
 
     def _save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        self._write(name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
+        held = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        self._write(name, save(held, metadata={key: _sum(value) for key, value in held.items()}))
 
     def _write(self, name: str, content: str | bytes) -> None:
         write_whole(self.folder / name, content, sync=True)
+
+
+def _sum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"

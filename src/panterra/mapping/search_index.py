@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from panterra.errors import InputError
-from panterra.files import unfinished, write_whole
+from panterra.files import CLAIM, claimed, read_json, unfinished, write_whole
 from panterra.mapping.embeddings import Block
 from panterra.mapping.passport import checksum
 from panterra.mapping.search_query import Vectors
@@ -81,7 +82,7 @@ def open_index(store: Vectors) -> Index:
     folder = index_folder(store)
     if not (folder / "index.json").is_file():
         raise InputError(f"{store.path} has no index; build it with: panterra search {store.path} --build-index")
-    about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    about = read_json(folder / "index.json", f"build it again with: panterra search {store.path} --build-index")
     # Looking at times and sizes is quick; a copied store has other times, so its content is asked before it is refused.
     if about["files"] != _fingerprint(store.path) and about["checksum"] != checksum(store.path):
         raise InputError(
@@ -109,37 +110,40 @@ def build_index(
     total = math.prod(store.box.shape)
     lists = max(1, min(math.isqrt(total), total // TRAINING, MOST_LISTS))
     job = {"files": _fingerprint(store.path), "lists": lists, "part_vectors": part_vectors, "faiss": faiss.__version__}
-    note = work / "job.json"
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != job:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        sample = _sample(store, max(TRAINING * lists, CHECKED), total)
-        if not len(sample):
-            raise InputError(f"{store.path} holds no data to index")
-        _write_index(_trained(sample, lists), work / "trained.faiss")
-        np.save(work / "queries.npy", sample[np.linspace(0, len(sample) - 1, CHECKED).astype(int)])
-        write_whole(note, json.dumps(job))
-    for leftover in work.glob("*.tmp"):
-        leftover.unlink()
-    _add_parts(store, work, part_vectors, total, progress)
-    parts = sorted(path.name for path in work.glob("part_*.faiss"))
-    about = {
-        "kind": "IVF,SQ8",
-        "dim": store.dim,
-        "lists": lists,
-        "checksum": checksum(store.path),
-        "files": job["files"],
-        "parts": parts,
-        "probes": lists,
-        "recall": {},
-    }
-    queries = np.load(work / "queries.npy")
-    about |= _choose_probes(store, _load(work, about), queries, _exact_neighbours(store, queries), recall)
-    write_whole(work / "index.json", json.dumps(about, indent=1))
-    for leftover in (note, work / "trained.faiss", work / "queries.npy"):
-        leftover.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    work.replace(folder)
+    with claimed(work, f"the index of {store.path}"):
+        note = work / "job.json"
+        if not note.is_file() or read_json(note, f"remove {work} to start afresh") != job:
+            for left in work.iterdir():
+                if left.name != CLAIM:
+                    left.unlink()
+            sample = _sample(store, max(TRAINING * lists, CHECKED), total)
+            if not len(sample):
+                raise InputError(f"{store.path} holds no data to index")
+            _write_index(_trained(sample, lists), work / "trained.faiss")
+            np.save(work / "queries.npy", sample[np.linspace(0, len(sample) - 1, CHECKED).astype(int)])
+            write_whole(note, json.dumps(job))
+        for leftover in work.glob("*.tmp"):
+            leftover.unlink()
+        _add_parts(store, work, part_vectors, total, progress)
+        parts = sorted(path.name for path in work.glob("part_*.faiss"))
+        about = {
+            "kind": "IVF,SQ8",
+            "dim": store.dim,
+            "lists": lists,
+            "checksum": checksum(store.path),
+            "files": job["files"],
+            "parts": parts,
+            "probes": lists,
+            "recall": {},
+        }
+        with _reading(work):
+            queries = np.load(work / "queries.npy")
+        about |= _choose_probes(store, _load(work, about), queries, _exact_neighbours(store, queries), recall)
+        write_whole(work / "index.json", json.dumps(about, indent=1))
+        for leftover in (note, work / "trained.faiss", work / "queries.npy", work / CLAIM):
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.replace(folder)
     return _load(folder, about)
 
 
@@ -175,7 +179,9 @@ def _add_parts(store: Vectors, work: Path, part_vectors: int, total: int, progre
 
     finished = sorted(work.glob("part_*.faiss"))
     start = int(finished[-1].stem.split("_")[2]) if finished else 0
-    part, first, done = faiss.read_index(str(work / "trained.faiss")), start, 0
+    first, done = start, 0
+    with _reading(work):
+        part = faiss.read_index(str(work / "trained.faiss"))
 
     def finish(stop: int) -> None:
         _write_index(part, work / f"part_{first:06d}_{stop:06d}.faiss")
@@ -229,7 +235,8 @@ def _choose_probes(
 def _load(folder: Path, about: dict[str, Any]) -> Index:
     import faiss
 
-    parts: tuple[Any, ...] = tuple(faiss.read_index(str(folder / n), faiss.IO_FLAG_MMAP) for n in about["parts"])
+    with _reading(folder):
+        parts: tuple[Any, ...] = tuple(faiss.read_index(str(folder / n), faiss.IO_FLAG_MMAP) for n in about["parts"])
     return Index(
         folder=folder,
         count=sum(part.ntotal for part in parts),
@@ -238,6 +245,15 @@ def _load(folder: Path, about: dict[str, Any]) -> Index:
         recall=about["recall"].get(str(about["probes"]), math.nan),
         _parts=parts,
     )
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say in a line that the files of an index are not as they were written."""
+    try:
+        yield
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{folder} is damaged ({str(error)[-120:]}); remove it, and build the index again") from None
 
 
 def _fingerprint(path: Path) -> str:

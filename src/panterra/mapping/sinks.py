@@ -134,6 +134,9 @@ class Shards:
             fresh = self.parts.folder / "fresh"
             shutil.rmtree(fresh, ignore_errors=True)
             self.create(fresh)
+            for path in (path for path in fresh.rglob("*") if path.is_file()):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
             fresh.replace(self._path)
         # What zarr had begun to write when the job was killed.
         for leftover in self._path.rglob("*.partial"):
@@ -162,7 +165,8 @@ class Shards:
         return copy
 
     def put(self, tile: Tile, features: np.ndarray) -> None:
-        write_zarr(self._path, tile.core, features)
+        with self.parts.reading(self._path):
+            write_zarr(self._path, tile.core, features)
         self.parts.save(tile, tile_seams(features, tile, self.borders))
 
     def again(self, tile: Tile) -> None:

@@ -31,6 +31,7 @@ from panterra.mapping.reading import ahead, attempt, attempts
 from panterra.mapping.tiles import Borders, Lattice, Tile, Window
 from panterra.modalities import MODALITIES
 from panterra.models import weights
+from panterra.models.exported import Exported
 from panterra.models.features import Encoder
 from panterra.sample import Batch, Observation
 
@@ -125,6 +126,9 @@ class Encoding:
         lattice = Lattice.cut(
             height, width, window=window_px // patch_px, overlap=overlap_px // patch_px, tile=tile_px // patch_px
         )
+        if isinstance(encoder, Exported):
+            encoder.check_patches(patch_m)
+            encoder.check_windows([n * patch_px for n in lattice.window_shape], pixel_m=pixel_m)
         model = weights.passport(encoder)
         options = {"patch_m": patch_m, "window_px": window_px, "overlap_px": overlap_px}
         dates = sorted({date for name in names for date in scene.dates(name)})

@@ -10,7 +10,7 @@ from odc.geo.geobox import GeoBox
 
 from panterra.energy.ledger import Note
 from panterra.errors import InputError
-from panterra.files import write_whole
+from panterra.files import read_json, write_whole
 from panterra.imagery.stac import Scene
 from panterra.mapping.parts import Parts
 from panterra.mapping.sources import Encoding
@@ -44,7 +44,7 @@ def standardise(work: Encoding, parts: Parts, note: Note | None) -> None:
             raise InputError(f"statistics of {', '.join(missing)} cannot be fitted to the scene: {error}") from error
         with parts.guard():
             write_whole(saved, json.dumps(fitted), sync=True)
-    work.encoder = encoder.with_statistics(json.loads(saved.read_text(encoding="utf-8")))
+    work.encoder = encoder.with_statistics(read_json(saved, "remove it to have them fitted again"))
     work.about["model"] = work.origin["panterra:model"] = weights.passport(work.encoder)
 
 

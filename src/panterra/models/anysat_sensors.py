@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES, Modality
+from panterra.plain import as_lists
 from panterra.sample import Observation
 
 CELL_M = 10.0
@@ -146,6 +148,17 @@ def hub_sensors() -> tuple[Sensor, ...]:
 def finetuning_sensors(sensors: Iterable[Sensor]) -> tuple[Sensor, ...]:
     """Configure sensors as the published fine-tuning does: a period of 366 and no dropout."""
     return tuple(replace(sensor, period=366, dropout=0.0) for sensor in sensors)
+
+
+def changed_settings(sensors: Iterable[Sensor]) -> dict[str, dict[str, Any]]:
+    """Tell as plain JSON, by sensor, what is not as published, but for dropout, which matters in training alone."""
+    known = {**SENSORS, **NEW_SENSORS}
+    changed = {}
+    for sensor in sensors:
+        usual = as_lists(asdict(known[sensor.name])) if sensor.name in known else {}
+        own = as_lists(asdict(sensor))
+        changed[sensor.name] = {k: v for k, v in own.items() if v != usual.get(k) and k != "dropout"}
+    return {name: settings for name, settings in changed.items() if settings}
 
 
 def declare(sensor: Sensor) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from panterra.errors import InputError
+from panterra.files import file_checksum
 from panterra.modalities import MODALITIES
 from panterra.models.anysat_convert import sensor_from
 from panterra.models.anysat_sensors import declare
@@ -103,16 +103,30 @@ class Exported:
             raise InputError(
                 f"{self.name} was exported without sub-patch features; use the model itself for dense=True"
             )
-        if abs(patch_m - self.signature.patch_m) > 1e-6:
-            raise InputError(
-                f"{self.name} was exported for patches of {self.signature.patch_m:g} m, not {patch_m:g} m; "
-                f"ask for patch_m={self.signature.patch_m:g} or export the model again"
-            )
+        self.check_patches(patch_m)
         inputs = prepare(batch, self.signature, align_days=self.align_days, name=self.name)
         size = self.signature.batch or len(batch)
         parts = [self.run(_fill_up(inputs, start, size)) for start in range(0, len(batch), size)]
         patches, summary, valid = (torch.cat(values)[: len(batch)] for values in zip(*parts, strict=True))
         return Features(patches=patches, summary=summary, valid=valid, patch_m=patch_m)
+
+    def check_patches(self, patch_m: float) -> None:
+        """Raise InputError for patches of another size than it was exported for."""
+        if abs(patch_m - self.signature.patch_m) > 1e-6:
+            raise InputError(
+                f"{self.name} was exported for patches of {self.signature.patch_m:g} m, not {patch_m:g} m; "
+                f"ask for patch_m={self.signature.patch_m:g} or export the model again"
+            )
+
+    def check_windows(self, sides_px: Sequence[int], *, pixel_m: float) -> None:
+        """Raise InputError for windows of another size than it was exported for."""
+        wanted = self.signature.window_px * self.signature.pixel_m
+        if any(abs(side * pixel_m - wanted) > 1e-6 for side in sides_px):
+            height, width = (f"{side * pixel_m:g}" for side in sides_px)
+            raise InputError(
+                f"{self.name} was exported for windows of {wanted:g} x {wanted:g} m, not {height} x {width} m; choose "
+                f"window_px={round(wanted / pixel_m)} and an area no smaller, or export the model again"
+            )
 
     def missing_statistics(self, modalities: Iterable[str]) -> tuple[str, ...]:
         """Name nothing: what it standardises by is inside."""
@@ -255,12 +269,6 @@ def _open(folder: Path, config: Mapping[str, Any]) -> Exported:
         about=about | {key: config[key] for key in ("quantisation",) if key in config},
         run=OPENERS[config["engine"]](first, config["dtype"]),
     )
-
-
-def file_checksum(path: Path) -> str:
-    """Hash a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_torch(path: Path, dtype: Precision) -> Run:

@@ -22,8 +22,8 @@ DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 def sincos1d(num: int, dim: int, step: float = 1.0) -> Float[Tensor, "n d"]:
     """Encode positions 0, step, 2 step, ... by sines, then cosines.
 
-    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d), and in float32, which on large grids is more than
-    rounding: OlmoEarth's weights were trained so.
+    The frequencies are 10000^(-k / 2d), not the usual 10000^(-2k / d), and all is computed in float32, which on large
+    grids is more than rounding: OlmoEarth's weights were trained so.
     """
     omega = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32) / (2 * dim))
     angle = (torch.arange(num, dtype=torch.float32) * step)[:, None] * omega

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from panterra.errors import InputError
+from panterra.files import saving_tensors, unfinished, write_whole
 from panterra.models.adapters.adapter import Adapter, FittedAdapter, adapter_passport
 from panterra.models.adapters.offers import ADAPTERS, open_adapter
 from panterra.models.anysat import SIZES as ANYSAT_SIZES
 from panterra.models.anysat import AnySat, Missing, anysat_config
 from panterra.models.anysat_convert import ANYSAT_LICENCE, anysat_from_json, anysat_json, load_anysat
 from panterra.models.anysat_convert import FORMAT as ANYSAT_FORMAT
+from panterra.models.anysat_sensors import changed_settings
 from panterra.models.convert import check_fit, olmoearth_config, olmoearth_encoder_state, open_state_dict
 from panterra.models.exported import FORMAT as EXPORT_FORMAT
 from panterra.models.exported import Exported, open_exported
@@ -229,8 +229,9 @@ def save_model(model: Model, folder: Path | str, *, dtype: torch.dtype | None = 
     folder.mkdir(parents=True, exist_ok=True)
     config = anysat_json(model) if isinstance(model, AnySat) else _olmoearth_json(model)
     tensors = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-    _write(folder / "model.safetensors", lambda path: save_file(tensors, path))
-    _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
+    with unfinished(folder / "model.safetensors") as path, saving_tensors(folder):
+        save_file(tensors, path)
+    write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
     return folder
 
 
@@ -252,6 +253,7 @@ def passport(model: Encoder) -> dict[str, Any]:
     elif isinstance(model, AnySat):
         statistics = anysat_json(model)["statistics"]
         about |= {"family": "anysat", "missing": model.missing, "layout": model.config.layout, "statistics": statistics}
+        about |= {"sensors": changed} if (changed := changed_settings(model.config.sensors)) else {}
     elif isinstance(model, Adapter | FittedAdapter):
         about |= {"family": "adapter", **adapter_passport(model)}
     if isinstance(model, Model):
@@ -389,14 +391,3 @@ def _architecture(saved: Mapping[str, Any]) -> OlmoEarthConfig:
 def _build(config: OlmoEarthConfig, name: str) -> OlmoEarth:
     with torch.random.fork_rng(devices=[]):
         return OlmoEarth(config, name=name)
-
-
-def _write(path: Path, writer: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        writer(Path(temporary))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from panterra.data.labelled import LabelledSet, open_labelled
 from panterra.errors import InputError
+from panterra.files import read_json, write_whole
 from panterra.models.anysat_sensors import Sensor, sensor_of
 from panterra.models.anysat_statistics import Statistics, as_json, fit_statistics, statistics_from_json
 from panterra.recipes.anysat import AnySatRecipe
@@ -65,7 +66,7 @@ def kept_statistics(
     """
     path = out / STATISTICS
     if path.exists():
-        held = json.loads(path.read_text())
+        held = read_json(path, "remove it where the run has no checkpoint yet, put back a copy where it has")
         return {name: {sensor: statistics_from_json(s) for sensor, s in found.items()} for name, found in held.items()}
     sensors = {sensor.name: sensor for sensor in recipe.encoder.sensors}
     fitted = {
@@ -73,9 +74,8 @@ def kept_statistics(
         for name, chosen in samples.items()
     }
     out.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({n: {k: as_json(s) for k, s in found.items()} for n, found in fitted.items()}, indent=1))
-    part.replace(path)
+    told = {n: {k: as_json(s) for k, s in found.items()} for n, found in fitted.items()}
+    write_whole(path, json.dumps(told, indent=1), sync=True)
     return fitted
 
 

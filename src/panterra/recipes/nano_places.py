@@ -11,9 +11,9 @@ from typing import Self
 import numpy as np
 from affine import Affine
 from jaxtyping import UInt8
-from numpy.lib.format import open_memmap
 from odc.geo.geobox import GeoBox
 
+from panterra.files import open_array
 from panterra.modalities import MODALITIES
 from panterra.planet import CLASSES, CRS, SOUTHERN_CLASSES, SURFACES, Ground, Planet
 from panterra.recipes.nano import DATES, SIDE_PX
@@ -93,8 +93,7 @@ def draw_places(
         part = folder.with_name(f"{folder.name}.part")
         part.mkdir(parents=True, exist_ok=True)
         arrays = {
-            name: open_memmap(part / f"{name}.npy", mode="w+", dtype=dtype, shape=(count, *shape))
-            for name, (dtype, shape) in _LAYOUT.items()
+            name: open_array(part / f"{name}.npy", dtype, (count, *shape)) for name, (dtype, shape) in _LAYOUT.items()
         }
         for first in range(0, count, PER_PLANET):
             rng = np.random.default_rng([seed, first])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from panterra.errors import InputError
+from panterra.files import file_checksum, read_json
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.anysat_convert import ANYSAT_LICENCE
 from panterra.models.anysat_predictor import AnySatPredictorConfig
@@ -23,7 +22,7 @@ from panterra.objectives.jepa import JEPA
 from panterra.recipes.anysat import AnySatRecipe
 from panterra.recipes.olmoearth import OlmoEarthRecipe
 from panterra.train import checkpoint
-from panterra.train.loop import Run
+from panterra.train.loop import UNKNOWN, Run
 
 R = TypeVar("R", bound=AnySatRecipe | OlmoEarthRecipe)
 _Config = AnySatConfig | AnySatPredictorConfig | OlmoEarthConfig
@@ -59,7 +58,7 @@ def noted_start(out: Path) -> dict[str, Any] | None:
     path = out / "run.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8"))["run"]["settings"].get("start")
+    found: dict[str, Any] | None = read_json(path, UNKNOWN)["run"]["settings"].get("start")
     return found
 
 
@@ -94,11 +93,9 @@ def _training_start(recipe: AnySatRecipe, path: Path) -> Start:
     training = load_anysat_training(path, layout=layout, predictor_heads=heads)
     _compare(path, "encoder", training.encoder, recipe, recipe.encoder)
     _compare(path, "predictor", training.predictor, recipe, recipe.objective.predictor)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {
         "source": str(path),
-        "sha256": digest,
+        "sha256": file_checksum(path),
         "licence": ANYSAT_LICENCE,
         "parts": ["student", "predictor", "teacher"],
     }

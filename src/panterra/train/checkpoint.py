@@ -15,9 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from panterra.files import write_whole
+from panterra.errors import InputError, RunError
+from panterra.files import file_checksum, read_json, write_whole
 
 FACTS = "facts.json"
+SUMS = "sha256"
+"""Of the other files, among the facts: PyTorch takes a block of zeros in one for weights."""
+REMEDY = "remove that folder to go on from the checkpoint before it, or from the start where there is none"
 
 
 def newest(folder: Path) -> Path | None:
@@ -54,10 +58,13 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     _meet()
-    with _one_process_is_meant():
+    with (
+        _one_process_is_meant(),
+        _told(f"the checkpoint {path} cannot be written, as happens on a full disk", "start again once there is room"),
+    ):
         save_tensors(_tensors(objective, optimisers), checkpoint_id=part)
     if first:
-        write_json(part / FACTS, {**facts, "permanent": permanent})
+        write_json(part / FACTS, {**facts, "permanent": permanent, SUMS: _sums(part)})
         part.rename(path)
         _sync(folder)
         for other in folder.glob("step_*"):
@@ -68,18 +75,49 @@ def save(
 
 
 def load(path: Path, objective: nn.Module, optimisers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
-    """Fill an objective, and its optimisers if given, from a checkpoint of any number of ranks; return its facts."""
+    """Fill an objective, and its optimisers if given, from a checkpoint of any number of ranks; return its facts.
+
+    Raises InputError where its files are not as they were written.
+    """
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+    facts = _facts(path)
+    written = facts.pop(SUMS, None)
+    if _rank() == 0 and written is not None and written != _sums(path):
+        raise InputError(f"the checkpoint {path} is damaged: its files are not as they were written; {REMEDY}")
     state = _tensors(objective, optimisers)
-    with _one_process_is_meant():
+    with _one_process_is_meant(), _told(f"the checkpoint {path} cannot be read", REMEDY):
         load_tensors(state, checkpoint_id=path)
     set_model_state_dict(objective, state["model"])
     if optimisers:
         set_optimizer_state_dict(objective, optimisers, state["optimiser"])
-    facts: dict[str, Any] = json.loads((path / FACTS).read_text())
     return facts
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if not (path / FACTS).is_file():
+        raise InputError(f"the checkpoint {path} is damaged: it has no {FACTS}; {REMEDY}")
+    return dict(read_json(path / FACTS, REMEDY))
+
+
+def _sums(path: Path) -> dict[str, str]:
+    return {file.name: file_checksum(file) for file in path.iterdir() if file.name != FACTS}
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Iterator[None]:
+    """Say in a line what PyTorch's writer and reader say in tracebacks of all ranks."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        if isinstance(reason, OSError):
+            raise reason from None
+        said = " ".join(str(reason).split()) or type(reason).__name__
+        raise RunError(f"{what} ({said[:200]}); {remedy}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -94,7 +132,7 @@ def discard(path: Path) -> None:
 
 
 def _expired(path: Path) -> bool:
-    return path.suffix == ".part" or not json.loads((path / FACTS).read_text())["permanent"]
+    return path.suffix == ".part" or not _facts(path)["permanent"]
 
 
 def _tensors(objective: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:

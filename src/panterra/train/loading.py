@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children
@@ -21,6 +21,12 @@ T = TypeVar("T")
 
 DIED = "DataLoader worker (pid"
 """How PyTorch's errors about workers that are gone begin."""
+UNOPENED = ("Too many open files", "items of ancdata")
+"""What PyTorch's and Python's errors say where a tensor of a worker cannot be opened any more."""
+TOO_FEW_FILES = (
+    "too few files may be open at once for workers, whose batches are files; raise the limit, as by ulimit -n 4096, or "
+    "make batches without workers"
+)
 
 
 @contextmanager
@@ -74,7 +80,8 @@ class _Made(Generic[T]):
                 self._raise(signal.SIGCHLD, None)
             batch = next(self._iterator)
         except RuntimeError as error:
-            if not str(error).startswith(DIED):
+            unopened = any(said in str(error) for said in UNOPENED)
+            if not unopened and not str(error).startswith(DIED):
                 raise
         else:
             if isinstance(batch, _Refused):
@@ -83,6 +90,8 @@ class _Made(Generic[T]):
         finally:
             self._waiting = False
         # Not from within the handler of the error, whose frames would keep the other workers alive.
+        if unopened:
+            raise InputError(TOO_FEW_FILES)
         raise RunError(
             f"a worker that makes batches {_how_ended(self._workers)}; start the run again to go on from its newest"
             " checkpoint, with fewer workers where memory ran out"
@@ -90,7 +99,10 @@ class _Made(Generic[T]):
 
     def close(self) -> None:
         """Stop the workers; their ends are no news any more."""
-        self._iterator = None
+        iterator, self._iterator = self._iterator, None
+        # An error that nobody catches keeps its frames, and with them the iterator, which would keep its workers.
+        shut_down: Callable[[], None] = getattr(iterator, "_shutdown_workers", lambda: None)
+        shut_down()
         if self._raise is not None:
             signal.signal(signal.SIGCHLD, self._raise)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from panterra.errors import InputError
-from panterra.files import unfinished_folder
+from panterra.files import saving_tensors, unfinished_folder
 
 Kind = Literal["logistic", "ridge", "knn"]
 Task = Literal["classes", "values"]
@@ -113,7 +113,8 @@ class Probe:
         with unfinished_folder(folder) as fresh:
             text = json.dumps(self._config(), indent=2, allow_nan=False)
             (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
-            save_file({name: t.cpu().contiguous() for name, t in self.tensors.items()}, fresh / "model.safetensors")
+            with saving_tensors(folder):
+                save_file({name: t.cpu().contiguous() for name, t in self.tensors.items()}, fresh / "model.safetensors")
         return folder
 
     def _config(self) -> dict[str, Any]:
