@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import math
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from panterra.errors import InputError
 from panterra.modalities import MODALITIES, Band, Modality
 from panterra.models.anysat import SIZES, AnySat, AnySatConfig, anysat_config, cells_to_image
-from panterra.models.anysat_attention import PatchEncoder, buckets, fusion_block
+from panterra.models.anysat_attention import PatchEncoder, buckets, fusion_block, places
 from panterra.models.anysat_convert import (
     anysat_from_json,
     anysat_json,
@@ -22,6 +23,7 @@ from panterra.models.anysat_convert import (
     load_anysat,
     published_anysat_state,
 )
+from panterra.models.anysat_inputs import memory_of
 from panterra.models.anysat_new_sensor import add_modality, nearest_sensor, resize_kernel, train_only
 from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector, pixel_order
 from panterra.models.anysat_sensors import SENSORS, day_of_year, new_sensor, to_pixel_size
@@ -276,6 +278,16 @@ def test_sub_patches_take_the_pixel_at_their_centre(name, scale, size):
     assert len(used) == len(set(used.tolist()))
 
 
+def test_places_are_computed_in_float32():
+    # Metres of the 10 m cells of a tile of 1280 m; in float64 some differ by more than parity allows.
+    found = places(128, 128, 10, 96).view(128, 128, 96)
+    frequencies = 1 / 10000 ** (torch.arange(24, dtype=torch.float32) / 24)
+    for row, col in ((0, 0), (5, 127), (127, 64)):
+        halves = [torch.tensor(10.0 * n) * frequencies for n in (col, row)]
+        wanted = torch.cat([wave for angle in halves for wave in (angle.sin(), angle.cos())])
+        assert torch.equal(found[row, col], wanted)
+
+
 def test_buckets_follow_the_formula():
     def published(distance: float) -> int:
         d = round(distance)
@@ -401,6 +413,22 @@ def test_errors_say_what_to_do(encoder, modalities, options, message):
         encoder.encode(batch_of(*modalities), **options)
 
 
+def test_more_patches_than_memory_has_distances_for_are_refused(encoder):
+    side = 4096
+    shape = (1, 1, len(MODALITIES["sentinel2_l2a"].bands), side, side)
+    wide = Observation(
+        pixels=torch.zeros(1, 1, 1, 1, 1).expand(shape),
+        dates=torch.full((1, 1), SPRING),
+        valid=torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(1, 1, side, side),
+    )
+    with pytest.raises(InputError, match=r"4096 x 4096 patches of 10 m came; .* take [\d,]+ GB") as refused:
+        encoder.encode(Batch(observations={"sentinel2_l2a": wide}), patch_m=10)
+    patch_m = int(re.search(r"take patch_m=(\d+)", str(refused.value))[1])
+    patches = (10 * side // patch_m) ** 2
+    assert 10 * side % patch_m == 0
+    assert 20 * patches**2 <= memory_of(torch.device("cpu")) < 20 * (4 * patches) ** 2
+
+
 def test_more_errors_say_what_to_do(encoder):
     s2, spot = observe("sentinel2_l2a"), observe("spot", tile_m=40)
     with pytest.raises(InputError, match="cover different ground"):
@@ -434,6 +462,8 @@ def test_sizes_are_the_published_ones(size, parameters):
         model = AnySat(anysat_config(size))
     published = published_anysat_state(model.state_dict(), model.config)
     assert sum(value.numel() for value in published.values()) == parameters
+    parts = list(dict.fromkeys(key.partition(".")[0] for key in published))
+    assert parts == ["cls_token", *sorted(f"projector_{name}" for name in SENSORS), "spatial_encoder", "blocks"]
     if size == "base":
         assert len(published) == 418
         assert published["projector_aerial-flair.patch_embed.weight"].shape == (768, 5, 10, 10)
@@ -556,6 +586,20 @@ def test_new_sensors_encode_and_train_alone(small, registry, modality, like):
     moved = {key for key, p in small.named_parameters() if p.grad is not None}
     assert moved
     assert all(key.startswith(f"projectors.{added.name}.") for key in moved)
+
+
+def test_planet_alone_is_cut_along_its_own_pixels(small, registry):
+    add_modality(small, "planet")
+    pixels = random(1, 1, 3, 64, 64)
+    o = Observation(pixels=pixels, dates=torch.zeros(1, 1, dtype=torch.int64), valid=torch.ones(1, 1, 64, 64).bool())
+    with torch.no_grad():
+        found = small.encode(Batch(observations={"planet": o}), patch_m=48, dense="planet")
+        wanted = small({"planet": Input(values=pixels)}, scale=4, dense="planet")
+    assert found.dense.shape == (1, 16, 16, 128)  # as published: cells of 4 pixels, 16 of them in a patch
+    same(found.dense, wanted.dense)
+    same(found.summary, wanted.tile)
+    with pytest.raises(InputError, match="whole number of 96 m"):
+        small.encode(Batch(observations={"planet": observe("planet")}), patch_m=96)
 
 
 def test_saved_models_keep_sensors_statistics_and_results(small, registry):

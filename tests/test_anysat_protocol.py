@@ -14,8 +14,9 @@ from panterra.evaluate import metrics
 from panterra.evaluate.anysat_protocol import freeze, validation_scores
 from panterra.evaluate.published import ANYSAT
 from panterra.evaluate.published_tuning import ANYSAT_TUNING
-from panterra.models.anysat import AnySat, AnySatConfig
+from panterra.models.anysat import AnySat, AnySatConfig, for_finetuning
 from panterra.models.anysat_projectors import Grid, Input
+from panterra.models.anysat_sensors import finetuning_sensors
 
 
 @pytest.fixture
@@ -64,6 +65,27 @@ def test_as_published_it_drops_dates_and_learns_the_pad(encoder):
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
 
 
+def test_fine_tuning_has_one_period_and_no_dropout():
+    torch.manual_seed(0)
+    model = AnySat(AnySatConfig(dim=64, depth=1, heads=2), name="any", normalized_input=True).eval()
+    model.patch_encoder.requires_grad_(False)
+    same = for_finetuning(model)
+    config = replace(model.config, sensors=finetuning_sensors(model.config.sensors))
+    wanted = AnySat(config).eval()
+    wanted.load_state_dict(model.state_dict())
+    days = torch.tensor([[3, 150, 360]])
+    given = {"s1": Input(values=torch.randn(1, 3, 3, 2, 2), days=days)}
+    with torch.no_grad():
+        torch.testing.assert_close(same(given, scale=1).tile, wanted(given, scale=1).tile)
+        assert not torch.allclose(same(given, scale=1).tile, model(given, scale=1).tile)
+    assert same.train().projectors["s1"].stages[0].dropout == 0
+    assert model.projectors["s1"].stages[0].dropout == 0.2
+    assert not model.training
+    for ours, theirs in zip(same.parameters(), model.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+        assert ours.requires_grad == theirs.requires_grad
+
+
 def test_sensors_without_a_pad_are_refused(encoder):
     with pytest.raises(InputError, match="no projector with a pad for aerial"):
         freeze(encoder, published=True, masked=("aerial",))
@@ -104,3 +126,15 @@ def test_the_table_of_experiments():
         for field in ("metric", "batch", "modalities", "patch_m", "dense"):
             assert getattr(tuned, field) == getattr(probed, field)
     assert ANYSAT_TUNING["timesen2crop"].full.epochs == 100
+    shares = {name: sorted(set(row.date_shares.values())) for name, row in ANYSAT_TUNING.items() if row.date_shares}
+    assert shares == {
+        "flair": [0.3],
+        "planted": [0.7, 0.9],
+        "bradd_s1ts": [0.5],
+        "sickle": [0.8],
+        "timesen2crop": [0.7],
+    }
+    assert [name for name, row in ANYSAT_TUNING.items() if row.most_dates == 20] == ["pastis_hd", "pastis_hd_crops"]
+    assert [name for name, row in ANYSAT_TUNING.items() if row.draw == "root"] == ["planted"]
+    for row in ANYSAT_TUNING.values():
+        assert set(row.date_shares) <= set(row.modalities)

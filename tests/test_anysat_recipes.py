@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,9 @@ from panterra.models.anysat import AnySatConfig
 from panterra.models.anysat_sensors import SENSORS
 from panterra.objectives.jepa import JEPALoss
 from panterra.recipes import anysat
-from panterra.recipes.anysat import GEOPLEX, RUNS, corrected, geoplex, run_from, validation
-from panterra.train.loop import Options, train
-from panterra.train.optim import learning_rate
+from panterra.recipes.anysat import GEOPLEX, RUNS, corrected, geoplex, retrieval, run_from, validation
+from panterra.train.loop import Check, Options, train
+from panterra.train.optim import Plateau, learning_rate
 
 # From the published configuration: sensors in order, batch per device, grid in cells, scales, weight.
 MIX = {
@@ -28,6 +29,7 @@ def test_geoplex_is_the_published_run():
     assert recipe.sources == GEOPLEX
     assert [s.crop_px for s in GEOPLEX] == [{"aerial": 300}, {}, {"aerial-flair": 500}, {}, {}]
     assert [s.max_dates for s in GEOPLEX] == [None, 20, None, None, None]
+    assert [s.name for s in GEOPLEX if s.masked] == ["planted"]
     assert [sensor.name for sensor in recipe.encoder.sensors] == list(SENSORS)
     assert (recipe.encoder.dim, recipe.encoder.depth, recipe.encoder.heads) == (768, 6, 12)
     objective = recipe.objective
@@ -101,7 +103,9 @@ def test_a_run_trains_and_resumes_to_the_same_numbers(tmp_path, change):
 
 def test_an_epoch_decides_the_number_of_steps():
     recipe = replace(small(), steps=None, epochs=5)
-    assert run_from(recipe, {"planted": Tiles()}).optimisation.steps == 5 * 4
+    run = run_from(recipe, {"planted": Tiles()})
+    assert (run.optimisation.steps, run.best_of) == (5 * 4, 4)
+    assert run_from(replace(recipe, exported="last"), {"planted": Tiles()}).best_of is None
     assert run_from(recipe, {"planted": Tiles()}, world=2).optimisation.steps == 5 * 2
     with pytest.raises(InputError, match="made for 1 ranks and starts with 2"):
         run_from(recipe, {"planted": Tiles()}).batches(0, 2)
@@ -129,6 +133,24 @@ def test_validation_averages_the_losses_of_other_samples():
     torch.testing.assert_close(found["contrast"], float(sum(out.contrast for out in losses)) / 2)
 
 
+def test_patches_are_found_again_by_their_nearest_tokens():
+    run = run_from(small(), {"planted": Tiles()}, held_out={"planted": Tiles()})
+    objective = run.objective().eval()
+    found = retrieval(run.batches(0, 1), every=10, steps=2).run(objective, 0)
+    hits = dict.fromkeys(("s2", "s1", "l7"), 0.0)
+    for step in range(2):
+        (tiles,) = run.batches(0, 1)[step]
+        seen = {name: x.detach().flatten(0, 1) for name, x in objective.look(tiles).patches.items()}
+        assert set(seen) == set(hits)
+        places = [(name, patch) for name in seen for patch in range(32)]
+        for name, patch in places:
+            cosine = [float(torch.cosine_similarity(seen[name][patch], seen[n][p], dim=0)) for n, p in places]
+            nearest = sorted(range(len(places)), key=lambda i, cosine=cosine: -cosine[i])[:3]
+            hits[name] += (sum(places[i][1] == patch for i in nearest) - 1) / 2 / len(places) / 2
+    assert found == pytest.approx({f"planted/{name}": share for name, share in hits.items()}, abs=1e-6)
+    assert [check.name for check in run.checks] == ["validation", "retrieval"]
+
+
 @pytest.mark.parametrize(("samples", "steps"), [(None, 4), (60, 3)])
 def test_validation_is_as_long_as_published_and_sees_all_dates(samples, steps):
     recipe = replace(small(), validation_samples=samples)
@@ -144,6 +166,23 @@ def test_validation_is_as_long_as_published_and_sees_all_dates(samples, steps):
     run.checks[0].run(Watching(1, 1), 0)
     assert seen == [4] * steps
     assert run.batches(0, 1)[0][0].inputs["s2"].values.shape[1] == 2
+
+
+def test_an_untrained_model_sets_no_mark_for_the_plateau(tmp_path):
+    figures = (0.0, 3.0, 2.0, 2.5)
+    told = Check(name="validation", every=1, run=lambda objective, step: {"loss": figures[step]})
+    run = run_from(small(), {"planted": Tiles()}, checks=(told,))
+    run = replace(
+        run, export=None, optimisation=replace(run.optimisation, plateau=Plateau(figure="validation/loss", patience=0))
+    )
+    quiet = Options(device="cpu", workers=0, logs=("jsonl",), log_every=1)
+    train(run, tmp_path / "a", quiet, progress=lambda *_: None)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [5e-5] * 3
+    worse = replace(told, run=lambda objective, step: {"loss": float(step > 1)})
+    train(replace(run, checks=(worse,)), tmp_path / "b", quiet, progress=lambda *_: None)
+    lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines if "learning_rate" in line] == pytest.approx([5e-5, 5e-5, 5e-6])
 
 
 def first_tiles(recipe):

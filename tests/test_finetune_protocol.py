@@ -13,15 +13,17 @@ from panterra.errors import InputError
 from panterra.evaluate import metrics
 from panterra.evaluate.anysat_protocol import merge_crops, validation_scores
 from panterra.evaluate.scoring import FIGURES, sums_of
+from panterra.finetune import run, score
 from panterra.finetune.arrays import examples_from_arrays
 from panterra.finetune.augment import NONE
+from panterra.finetune.dealing import classes_of, deal, draw_dates
 from panterra.finetune.heads import HeadConfig, build_head
 from panterra.finetune.run import Settings, fit
 from panterra.finetune.step import Plateau, Tuning
 from panterra.models.anysat import AnySat, AnySatConfig
 from panterra.models.features import Features
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
-from panterra.sample import collate
+from panterra.sample import Batch, Observation, collate
 
 
 @pytest.mark.parametrize(("factor", "patience", "cooldown"), [(0.2, 2, 10), (0.1, 10, 0), (0.5, 0, 1)])
@@ -98,6 +100,19 @@ def arrays():
         targets,
         dates={"sentinel2_l2a": ["2023-06-01"]},
         parts=["train"] * 10 + ["val"] * 4 + ["test"] * 4,
+    )
+
+
+ALL = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+
+
+def arrays_of_dates(count):
+    rng = np.random.default_rng(0)
+    return examples_from_arrays(
+        {"sentinel2_l2a": rng.normal(1000, 300, (8, count, 12, 8, 8))},
+        np.arange(8) % 2,
+        dates={"sentinel2_l2a": [f"2023-06-{day:02d}" for day in range(1, count + 1)]},
+        parts=["train"] * 4 + ["val"] * 2 + ["test"] * 2,
     )
 
 
@@ -211,6 +226,68 @@ def test_as_published_what_stands_for_masked_pixels_learns(tmp_path):
         model, _ = fit(shown, given, tmp_path / str(published), Settings(patch_m=20, tuning=tuning, device="cpu"))
         pads = {name: float(p.detach()) for name, p in model.encoder.named_parameters() if name.endswith(".pad")}
         assert {name for name, value in pads.items() if value} == ({"projectors.s2.pad"} if published else set())
+
+
+def test_a_training_sample_shows_some_of_its_dates():
+    shown = arrays_of_dates(10)[0]
+    still = Observation(pixels=torch.ones(1, 1, 3, 8, 8), dates=torch.zeros(1, 1, dtype=torch.int64), valid=ALL)
+    sample = replace(shown, batch=Batch(observations={**shown.batch.observations, "spot": still}))
+    generator, seen = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        drawn = draw_dates(sample, generator, shares={"sentinel2_l2a": 0.7}, most=None).batch.observations
+        assert drawn["spot"] is still
+        o = drawn["sentinel2_l2a"]
+        assert o.dates[0].tolist() == sorted(set(o.dates[0].tolist()))
+        for k, day in enumerate(o.dates[0]):
+            before = shown.batch.observations["sentinel2_l2a"]
+            assert torch.equal(o.pixels[0, k], before.pixels[0, int((before.dates[0] == day).nonzero())])
+        seen += o.dates[0].tolist()
+    counts = np.unique(seen, return_counts=True)[1]
+    assert counts.sum() == 300 * 7
+    assert (np.abs(counts - 210) < 4 * np.sqrt(300 * 0.7 * 0.3)).all()
+    sizes = [
+        draw_dates(arrays_of_dates(n)[0], generator, shares={"sentinel2_l2a": share}, most=most)
+        .batch.observations["sentinel2_l2a"]
+        .pixels.shape[1]
+        for n, share, most in ((1, 0.3, None), (9, 0.5, None), (30, 1.0, 20), (12, 1.0, 20), (10, 0.3, None))
+    ]
+    assert sizes == [1, 4, 20, 12, 3]
+
+
+def test_dates_are_left_out_in_training_alone(tmp_path, monkeypatch):
+    seen = {"run": set(), "score": set()}
+    for name, module in (("run", run), ("score", score)):
+
+        def joined(batches, name=name):
+            seen[name] |= {b.observations["sentinel2_l2a"].pixels.shape[1] for b in batches}
+            return collate(batches)
+
+        monkeypatch.setattr(module, "collate", joined)
+    tuning = replace(PUBLISHED, epochs=1, most_dates=2)
+    fit(arrays_of_dates(5), encoder(), tmp_path / "fit", Settings(head="plain", tuning=tuning, device="cpu"))
+    assert seen == {"run": {2}, "score": {5}}
+    for wrong in ({"date_shares": {"sentinel1": 0.0}}, {"most_dates": 0}, {"draw": "all"}):
+        with pytest.raises(InputError):
+            replace(PUBLISHED, **wrong)
+
+
+def test_classes_are_drawn_by_the_root_of_their_frequency(tmp_path):
+    train, classes = np.arange(5, 105), np.repeat([3, 7], [90, 10])
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([deal(train, rng, classes=classes) for _ in range(200)])
+    times = np.bincount(drawn, minlength=105)[5:]
+    share = 90**0.5 / (90**0.5 + 10**0.5)
+    assert times[:90].sum() / len(drawn) == pytest.approx(share, abs=0.015)
+    assert times[:90].std() == pytest.approx(times[:90].mean() ** 0.5, rel=0.3)  # all of a class alike
+    assert sorted(deal(train, rng)) == train.tolist()
+    examples = arrays()
+    assert classes_of(examples).tolist() == [i % 3 for i in range(10)]
+    tuning = replace(PUBLISHED, epochs=2, draw="root")
+    models = [
+        fit(examples, encoder(), tmp_path / t.draw, Settings(head="plain", tuning=t, device="cpu"))[0]
+        for t in (tuning, replace(tuning, draw="each"))
+    ]
+    assert not torch.equal(*(m.head.layers.weight for m in models))
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path):

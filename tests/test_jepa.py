@@ -170,6 +170,18 @@ def test_sensors_that_a_batch_lacks_get_no_gradient():
         assert (weight.grad is not None) == expected, name
 
 
+def test_scores_that_no_loss_reaches_decay_as_published_alone():
+    for published in (False, True):
+        model = make(published=published)
+        last = model.encoder.patch_encoder.blocks[-1].attn.distance
+        before = last.detach().clone()
+        optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.1, weight_decay=0.5)
+        model(tiles()).total.backward()
+        optimiser.step()
+        torch.testing.assert_close(last.detach(), before * (0.95 if published else 1.0))
+        assert (last.detach() != 0).any()
+
+
 def test_a_small_model_learns_and_its_teacher_follows():
     model, given = make().train(), replace(tiles(("s2", "l8"), batch=2), dates={})
     optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=3e-4)

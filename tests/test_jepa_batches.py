@@ -1,5 +1,6 @@
 import datetime as dt
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,22 @@ def test_samples_in_declared_units_become_what_the_encoder_takes():
         MixedBatches([RADAR], {"radar": batches}, seed=0)[0]
     with pytest.raises(InputError, match="no statistics of s1"):
         standardise(batches[0], {"s2": statistics["s2"]})
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_published_masks_are_those_of_the_data_set(masked):
+    batches = [observed(seed) for seed in range(4)]
+    statistics = {"radar": fit_statistics(batches)}
+    source = replace(RADAR, masked=masked)
+    (tiles,) = MixedBatches([source], {"radar": batches}, seed=0, statistics=statistics, published=True)[0]
+    (plain,) = MixedBatches([source], {"radar": batches}, seed=0, statistics=statistics)[0]
+    for name, given in tiles.inputs.items():
+        assert given.valid is None
+        assert (given.present is not None) == masked
+        valid = plain.inputs[name].valid[:, :, None].expand_as(given.values)
+        assert not valid.all()
+        assert given.present is None or torch.equal(given.present, valid)
+        assert not given.values[~valid].any()  # which is what stands for them, as it is never trained
 
 
 def same(batch, tiles, k):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import miniatures
 import planet_benchmarks
 from panterra.data.labelled import DATASETS
 from panterra.errors import InputError
@@ -15,6 +16,7 @@ from panterra.evaluate.suite import Plan, evaluate
 from panterra.finetune import protocol
 from panterra.finetune.protocol import tune
 from panterra.models.anysat import AnySat, AnySatConfig
+from panterra.models.anysat_sensors import SENSORS
 from panterra.models.olmoearth import OlmoEarth, OlmoEarthConfig
 
 pytestmark = pytest.mark.usefixtures("root")
@@ -162,6 +164,11 @@ def test_only_projectors_and_head_move_for_a_new_sensor(root, tmp_path, monkeypa
     assert all(name.startswith("projectors.s2") for name in moved)
     anew = {name for name, p in before.named_parameters() if not torch.equal(p, scratch[name])}
     assert any(name.startswith("fusion") or "blocks" in name for name in anew)
+    for model in models:
+        assert {(s.period, s.dropout) for s in model.encoder.config.sensors} == {(366, 0.0)}
+    assert {s.period for s in before.config.sensors} == {367}
+    # The library's default, 1 / sqrt(3 * 32), and not the 0.02 of pretraining.
+    assert scratch["patch_encoder.blocks.0.attn.qkv.weight"].detach().std().item() == pytest.approx(0.102, abs=0.01)
 
 
 def test_other_heads_can_be_asked_for(root, tmp_path):
@@ -215,3 +222,37 @@ def test_images_are_tested_in_overlapping_crops(root, monkeypatch):
     assert found.chosen["class_weights"] == "last class 0"
     assert len([id for id in seen if "@" in id]) == 4 * 5
     assert np.isfinite(found.figures["auroc"].estimate)
+
+
+def test_aerial_images_are_cut_anew_each_time_they_are_learned_from(tmp_path, monkeypatch):
+    truth = miniatures.flair(tmp_path / "flair")
+    kept, fit = [], protocol.fit
+
+    def looked(examples, *given, **options):
+        kept.append(examples)
+        return fit(examples, *given, **options)
+
+    monkeypatch.setattr(protocol, "fit", looked)
+    sensors = tuple(SENSORS[name] for name in ("aerial-flair", "s2"))
+    torch.manual_seed(0)
+    model = AnySat(AnySatConfig(dim=32, depth=1, heads=2, sensors=sensors), name="any").eval().requires_grad_(False)
+    plan = plan_of(None, models=(model,), protocols=("anysat_finetune",), epochs=1, limit=None)
+    (row,) = evaluate(replace(plan, benchmarks=(("flair", tmp_path / "flair"),)), tmp_path / "out", tuner=tune)
+    assert row.error is None
+    (examples,) = kept
+    image, label = (torch.from_numpy(truth["train"][key].astype("float32")) for key in ("image", "label"))
+    label = torch.where(label > 13, 13, label) - 1
+    corners = set()
+    for seed in range(12):
+        sample = examples.to_learn_from(0, torch.Generator().manual_seed(seed))
+        seen = sample.batch.observations["aerial_flair"].pixels[0, 0]
+        assert seen.shape == (5, 500, 500)
+        near = [
+            (r, c) for r in range(13) for c in range(13) if torch.equal(seen[0], image[0, r : r + 500, c : c + 500])
+        ]
+        ((r, c),) = near
+        assert torch.equal(sample.target[0].float(), label[0, r : r + 500, c : c + 500])
+        corners.add((r, c))
+    assert len(corners) > 6
+    assert examples.to_learn_from(0, torch.Generator()).batch.observations["sentinel2_l2a"].pixels.shape[-1] == 10
+    assert examples[0].target.shape == (1, 500, 500)  # in the middle

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from panterra.errors import InputError, RunError
+from panterra.files import claimed
 from panterra.train import checkpoint
 from panterra.train.loop import Check, Options, Run, Stopped, export, seed_micro, train
 from panterra.train.optim import Optimisation, learning_rate
@@ -115,6 +116,35 @@ def test_the_loop_is_what_its_parts_say(tmp_path):
     assert result.model == tmp_path / "model"
 
 
+def test_the_best_stretch_is_exported_whether_or_not_the_run_was_stopped(tmp_path):
+    class Harder(Lines):
+        """Lines whose slope grows from the ninth step on."""
+
+        def __getitem__(self, step):
+            return [Points(part.x, part.y * (1 + 4 * (step > 7))) for part in super().__getitem__(step)]
+
+    run = replace(RUN, best_of=4, batches=Harder)
+    quiet = replace(HERE, save_every=3)
+    train(run, tmp_path / "whole", quiet)
+    losses = [line["loss"] for line in lines(tmp_path / "whole")]
+    means = [sum(losses[i : i + 4]) / 4 for i in (0, 4, 8)]
+    best = 4 * (means.index(min(means)) + 1)
+    assert best < 12
+    train(replace(run, best_of=None), tmp_path / "until", replace(quiet, steps_this_time=best))
+    export(run, tmp_path / "until", tmp_path / "until" / "model")
+    assert same(exported(tmp_path / "whole"), exported(tmp_path / "until"))
+    for done in (5, 7):
+        result = train(run, tmp_path / "parts", replace(quiet, steps_this_time=done))
+    assert result.finished
+    assert same(exported(tmp_path / "whole"), exported(tmp_path / "parts"))
+    train(run, tmp_path / "parts", quiet)
+    assert same(exported(tmp_path / "whole"), exported(tmp_path / "parts"))
+    train(replace(run, best_of=13), tmp_path / "short", quiet)
+    export(run, tmp_path / "whole", tmp_path / "whole" / "model")
+    assert same(exported(tmp_path / "short"), exported(tmp_path / "whole"))
+    assert not same(exported(tmp_path / "short"), exported(tmp_path / "until"))
+
+
 def test_micro_batches_of_one_size_are_one_batch(tmp_path):
     class Whole(Lines):
         def __getitem__(self, step):
@@ -146,6 +176,28 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
     assert again.loss == lines(tmp_path / "one")[-1]["loss"]
     assert same(weights, exported(tmp_path / "one"))
     assert len(lines(tmp_path / "one")) == 13
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path):
+    ready, theirs = multiprocessing.get_context("fork").Pipe()
+    child = os.fork()
+    if child == 0:
+        with claimed(tmp_path / "run", "it"):
+            theirs.send("claimed")
+            signal.pause()
+    assert ready.recv() == "claimed"
+    with pytest.raises(InputError, match="another process is making the run in"):
+        train(RUN, tmp_path / "run", HERE)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert train(RUN, tmp_path / "run", HERE).finished
+
+
+def test_damaged_settings_of_a_run_are_told_of(tmp_path):
+    train(RUN, tmp_path, replace(HERE, steps_this_time=2))
+    (tmp_path / "run.json").write_text('{"run": ')
+    with pytest.raises(InputError, match=r"run\.json is damaged .*put back a copy, or choose another folder"):
+        train(RUN, tmp_path, HERE)
 
 
 def killed_again_and_again(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from panterra.evaluate.published import ANYSAT
@@ -82,6 +82,14 @@ class AnySatTuning:
     """Whether the last class is learned and scored."""
     crops: tuple[tuple[int, int], ...] = ()
     """Where crops of a test image begin whose answers are averaged, in pixels of the labels."""
+    date_shares: Mapping[str, float] = field(default_factory=dict)
+    """By modality, the share of the dates of a training sample that is shown; else all."""
+    most_dates: int | None = None
+    """Of a longer series of a training sample so many are shown."""
+    random_crop: Mapping[str, int] = field(default_factory=dict)
+    """By modality, the side in pixels of what is cut out of a training sample at random; else all cut the middle."""
+    draw: Literal["each", "root"] = "each"
+    """root: training samples are drawn by class, by the root of its frequency."""
 
 
 def _as_probed(name: str, **more: Any) -> AnySatTuning:
@@ -94,7 +102,7 @@ def _as_probed(name: str, **more: Any) -> AnySatTuning:
 
 _COSINE = AnySatRun(schedule="epoch_cosine")
 _MLP = replace(_COSINE, head="batch_mlp")
-_PASTIS = AnySatTuning(batch=4, modalities=("spot", "sentinel2_l2a", "sentinel1"), patch_m=40)
+_PASTIS = AnySatTuning(batch=4, modalities=("spot", "sentinel2_l2a", "sentinel1"), patch_m=40, most_dates=20)
 
 ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
     "treesatai_ts": AnySatTuning(
@@ -104,6 +112,7 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         patch_m=10,
         full=_COSINE,
         scratch=_MLP,
+        random_crop={"aerial": 300},
     ),
     "pastis_hd": replace(_PASTIS, metric="mean_iou", dense="sentinel2_l2a", scratch=AnySatRun(rate=2e-4)),
     "pastis_hd_crops": replace(_PASTIS, metric="macro_f1", full=_COSINE),
@@ -116,6 +125,8 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         full=AnySatRun(weight_decay=1e-2),
         last_class_counts=False,
         crops=((0, 0), (0, 12), (12, 0), (12, 12), (6, 6)),
+        date_shares={"sentinel2_l2a": 0.3},
+        random_crop={"aerial_flair": 500},
     ),
     "planted": AnySatTuning(
         metric="macro_f1",
@@ -124,9 +135,12 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         patch_m=30,
         full=AnySatRun(weight_decay=1e-4),
         scratch=_MLP,
+        date_shares={**dict.fromkeys(("sentinel2", "sentinel1", "landsat7", "modis"), 0.7), "alos2": 0.9},
+        draw="root",
     ),
-    **{name: _as_probed(name) for name in ("bradd_s1ts", "sickle")},
-    "timesen2crop": _as_probed("timesen2crop", full=replace(_COSINE, epochs=100)),
+    "bradd_s1ts": _as_probed("bradd_s1ts", date_shares={"sentinel1": 0.5}),
+    "sickle": _as_probed("sickle", date_shares=dict.fromkeys(("landsat", "sentinel2_l2a", "sentinel1"), 0.8)),
+    "timesen2crop": _as_probed("timesen2crop", full=replace(_COSINE, epochs=100), date_shares={"sentinel2_l2a": 0.7}),
     "hls_burn_scars": AnySatTuning(
         metric="mean_iou",
         batch=4,
@@ -135,7 +149,8 @@ ANYSAT_TUNING: Mapping[str, AnySatTuning] = {
         dense="hls",
         projector=AnySatRun(rate=2e-4),
     ),
-    "spacenet7": AnySatTuning(metric="mean_iou", modalities=("planet",), patch_m=40, dense="planet"),
+    # Published: 40 m, in which pixels of 3 m count as 2.5 m.
+    "spacenet7": AnySatTuning(metric="mean_iou", modalities=("planet",), patch_m=48, dense="planet"),
 }
 """By data set; others are trained like most of these. Classes of PASTIS-HD's void are no labels here; the published run
 on its crops from scratch lacks its encoder's settings."""

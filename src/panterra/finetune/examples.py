@@ -65,6 +65,8 @@ class Examples:
     """Of all pairs, where they share them."""
     about: dict[str, Any]
     """Where it comes from, as plain JSON: decides, with the labels, whether a run can be gone on with."""
+    anew: Callable[[int, torch.Generator], LabelledSample] | None = None
+    """Reads a training sample otherwise each time; None: as ever."""
     _kept: dict[int, LabelledSample] = field(default_factory=dict)
     _bytes: int = 0
 
@@ -81,6 +83,10 @@ class Examples:
             self._kept[index] = sample
             self._bytes += size
         return sample
+
+    def to_learn_from(self, index: int, generator: torch.Generator) -> LabelledSample:
+        """Read a training sample as it is learned from this time."""
+        return self[index] if self.anew is None else self.anew(index, generator)
 
     def of(self, part: Part) -> Int[np.ndarray, " n"]:
         """Number the samples of a part."""

@@ -26,6 +26,7 @@ from panterra.evaluate.ranking import ScoreCounts
 from panterra.evaluate.scoring import FIGURES, LOWER_IS_BETTER, Answers
 from panterra.evaluate.tuning import Tuned, TunedTrial
 from panterra.finetune.augment import NONE
+from panterra.finetune.dealing import cut_at_random
 from panterra.finetune.examples import Examples
 from panterra.finetune.heads import HeadKind
 from panterra.finetune.model import FineTuned
@@ -35,7 +36,7 @@ from panterra.finetune.step import Plateau, Tuning
 from panterra.finetune.tasks import Task, count_classes, task_of
 from panterra.imagery.labels import distinct_colours
 from panterra.modalities import MODALITIES
-from panterra.models.anysat import AnySat
+from panterra.models.anysat import AnySat, for_finetuning
 from panterra.models.features import Encoder, Features
 from panterra.sample import Batch
 
@@ -62,6 +63,16 @@ class SubPatches(nn.Module):
         rows, cols = (a // b for a, b in zip(out.dense.shape[1:3], out.valid.shape[1:], strict=True))
         valid = out.valid.repeat_interleave(rows, 1).repeat_interleave(cols, 2)
         return Features(patches=out.dense, summary=out.summary, valid=valid, patch_m=patch_m)
+
+
+def from_scratch(model: AnySat, *, seed: int) -> AnySat:
+    """Draw a model's weights anew as published fine-tuning does: patch encoder and all by the library's defaults."""
+    torch.manual_seed(seed)
+    fresh = for_finetuning(AnySat(model.config, name=model.name))
+    for layer in fresh.patch_encoder.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    return fresh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +195,9 @@ def _recipes(trial: TunedTrial, view: View, row: AnySatTuning) -> list[_Recipe]:
         drop_last=True,
         as_published=trial.as_published,
         class_weights=weights,
+        draw=row.draw,
+        date_shares=row.date_shares,
+        most_dates=row.most_dates,
     )
     head = "linear"
     if view.kind == "summary":
@@ -210,8 +224,9 @@ def _show(trial: TunedTrial, view: View, metric: str) -> _Shown:
     start = trial.encoder
     if trial.protocol == "anysat_scratch":
         assert isinstance(start, AnySat)
-        torch.manual_seed(trial.seed)
-        start = AnySat(start.config, name=start.name)
+        start = from_scratch(start, seed=trial.seed)
+    elif trial.protocol != "finetune" and isinstance(start, AnySat):
+        start = for_finetuning(start)
     encoder, statistics = fit_statistics(start, view.normalisation, some, published)
     places = [("train", int(i)) for i in index]
     places += [(part, i) for part in ("val", "test") for i in range(len(benchmark.splits[part]))]
@@ -226,6 +241,13 @@ def _show(trial: TunedTrial, view: View, metric: str) -> _Shown:
         part, i = places[number]
         return seen(benchmark.splits[part][i])  # type: ignore[index]
 
+    def anew(number: int, generator: torch.Generator) -> LabelledSample:
+        _, i = places[number]
+        return seen(cut_at_random(whole.read(train.ids[i]), generator, crop))
+
+    row = ANYSAT_TUNING.get(benchmark.name, AnySatTuning())
+    crop = {} if trial.protocol == "finetune" else row.random_crop
+    whole = train.card.open(benchmark.root, train.split, crop=False) if crop else train
     first = read(0)
     task = _task(trial, first, metric)
     names = () if task.answer == "values" else benchmark.class_names
@@ -242,6 +264,7 @@ def _show(trial: TunedTrial, view: View, metric: str) -> _Shown:
         pixel_m=first.batch.pixel_m,
         cells=first.target.shape[-2] if task.dense else 0,
         about={"dataset": benchmark.name, "contents": dict(benchmark.contents), "view": asdict(view), "metric": metric},
+        anew=anew if crop else None,
     )
     return _Shown(encoder=encoder, examples=examples, see=seen)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,8 +22,10 @@ from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError, RunError
 from panterra.evaluate.sweep import Recipe, rates_at
+from panterra.files import CLAIM, claimed, read_json, saving_tensors, unfinished
 from panterra.finetune.augment import turn_sample, vary
 from panterra.finetune.card import write_card
+from panterra.finetune.dealing import classes_of, deal, draw_dates
 from panterra.finetune.examples import Examples
 from panterra.finetune.heads import HeadConfig, HeadKind
 from panterra.finetune.look import Look, look_at, loss_options, show_pixels, standardised
@@ -138,27 +140,28 @@ def finetune(
     if not isinstance(encoder, Model):
         raise InputError(f"{encoder.name} is of a family that cannot be saved with its weights; fit a probe instead")
     folder, tuning = out.with_name(f"{out.name}.training"), settings.tuning
-    model, state = fit(examples, encoder, folder, settings, progress=progress)
-    names = tuple(c.name for c in examples.classes)
-    with measure_energy(country=settings.country) as meter:
-        validation, test = (score(model, examples, p, batch_size=tuning.batch_size) for p in ("val", "test"))
-        parts = {"val": report(examples.task, validation, names)}
-        # A threshold for boxes is chosen on one part and judged on the other.
-        parts["test"] = report(examples.task, test, names, threshold=parts["val"].threshold)
-    state.charge(meter.report)
-    model.cpu().requires_grad_(False).eval()
-    model.summary = {
-        "examples": {**examples.about, **_sizes(examples)},
-        "tuning": plain(tuning),
-        "epochs": state.epoch,
-        "best_epoch": state.best_epoch,
-        "validation": parts["val"].as_dict(),
-        "test": parts["test"].as_dict(),
-        "energy": {k: getattr(state, k) for k in ("kwh", "co2e_kg", "seconds", "energy")},
-    }
-    files = {"card.md": write_card(model), LOG_FILE: (folder / LOG_FILE).read_text(encoding="utf-8")}
-    model.save(out, files=files, overwrite=settings.overwrite)
-    shutil.rmtree(folder)
+    with claimed(folder, str(out)):
+        model, state = fit(examples, encoder, folder, settings, progress=progress)
+        names = tuple(c.name for c in examples.classes)
+        with measure_energy(country=settings.country) as meter:
+            validation, test = (score(model, examples, p, batch_size=tuning.batch_size) for p in ("val", "test"))
+            parts = {"val": report(examples.task, validation, names)}
+            # A threshold for boxes is chosen on one part and judged on the other.
+            parts["test"] = report(examples.task, test, names, threshold=parts["val"].threshold)
+        state.charge(meter.report)
+        model.cpu().requires_grad_(False).eval()
+        model.summary = {
+            "examples": {**examples.about, **_sizes(examples)},
+            "tuning": plain(tuning),
+            "epochs": state.epoch,
+            "best_epoch": state.best_epoch,
+            "validation": parts["val"].as_dict(),
+            "test": parts["test"].as_dict(),
+            "energy": {k: getattr(state, k) for k in ("kwh", "co2e_kg", "seconds", "energy")},
+        }
+        files = {"card.md": write_card(model), LOG_FILE: (folder / LOG_FILE).read_text(encoding="utf-8")}
+        model.save(out, files=files, overwrite=settings.overwrite)
+        shutil.rmtree(folder)
     return Result(
         folder=out,
         model=load_finetuned(out),
@@ -249,6 +252,7 @@ def _train(work: _Work, folder: Path, country: str | None, progress: Progress | 
     samples = len(examples.of("train"))
     steps = samples // tuning.batch_size if tuning.drop_last else -(-samples // tuning.batch_size)
     steps = max(steps, 1)
+    classes = classes_of(examples) if tuning.draw == "root" else None
     with open_logs(("jsonl",), folder, step=state.epoch, run="finetune", settings={"tuning": plain(tuning)}) as log:
         while state.epoch < tuning.epochs and not _enough(state, tuning):
             with measure_energy(country=country) as meter:
@@ -258,7 +262,8 @@ def _train(work: _Work, folder: Path, country: str | None, progress: Progress | 
                 model.train()
                 # A frozen encoder is the pretrained one as it is used: no drop path, unless asked for.
                 model.encoder.train(not frozen or tuning.frozen_drop_path)
-                order = np.random.default_rng([tuning.seed, state.epoch]).permutation(examples.of("train"))
+                rng = np.random.default_rng([tuning.seed, state.epoch])
+                order = deal(examples.of("train"), rng, classes=classes)
                 losses = []
                 for i in range(steps):
                     began, done = time.perf_counter(), state.epoch * steps + i
@@ -300,7 +305,10 @@ def _step(work: _Work, index: np.ndarray, step: int, *, frozen: bool) -> float:
     model, examples, tuning = work.model, work.examples, work.tuning
     # Everything random follows from the place in the run, so nothing random needs a checkpoint.
     generator = seed_micro(tuning.seed, step, 0, 0)
-    samples = [examples[int(i)] for i in index]
+    samples = [examples.to_learn_from(int(i), generator) for i in index]
+    if tuning.date_shares or tuning.most_dates:
+        shares, most = tuning.date_shares, tuning.most_dates
+        samples = [draw_dates(sample, generator, shares=shares, most=most) for sample in samples]
     if tuning.augmentation.turns:
         boxes = examples.task.answer == "boxes"
         samples = [turn_sample(sample, generator, dense=examples.task.dense, boxes=boxes) for sample in samples]
@@ -317,13 +325,14 @@ def _step(work: _Work, index: np.ndarray, step: int, *, frozen: bool) -> float:
                 features = model.features(batch)
             scores = model.scores(batch, features)
         loss = examples.task.loss(scores, target, work.options)
-        if not bool(loss.isfinite()):
+        value = float(loss.detach())  # the one look at the device
+        if not math.isfinite(value):
             raise RunError(
-                f"the loss is {loss.item()} at step {step}, of the samples {', '.join(s.id for s in some)};"
+                f"the loss is {value} at step {step}, of the samples {', '.join(s.id for s in some)};"
                 " a smaller lr or precision float32 may help, in another folder"
             )
         (loss / len(parts)).backward()
-        total += float(loss.detach()) / len(parts)
+        total += value / len(parts)
     clip([p for p in work.trained.parameters.values() if p.grad is not None], tuning.clip_norm)
     work.optimiser.step()
     return total
@@ -412,7 +421,12 @@ def _sizes(examples: Examples) -> dict[str, Any]:
 def _begin(folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the folder of the run's state, or find it again; refuse that of another run."""
     note = folder / "run.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    try:
+        before = read_json(note, f"remove {folder} to start afresh") if note.is_file() else None
+    except InputError:
+        if not overwrite:
+            raise
+        before = None
     if before is not None:
         # What could not be chosen when that run began was as it is by default.
         before["tuning"] = {**plain(Tuning()), **before.get("tuning", {})}
@@ -423,8 +437,11 @@ def _begin(folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
             "with overwrite"
         )
     if before != job:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        for left in folder.iterdir():
+            if left.name != CLAIM:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         checkpoint.write_json(note, job)
 
 
@@ -434,13 +451,18 @@ def _learned(model: FineTuned, trained: Trained) -> dict[str, Tensor]:
 
 
 def _save_best(model: FineTuned, trained: Trained, folder: Path) -> None:
-    part = folder / "best.safetensors.part"
-    save_file({name: p.detach().cpu().contiguous() for name, p in _learned(model, trained).items()}, part)
-    part.replace(folder / "best.safetensors")
+    with unfinished(folder / "best.safetensors", sync=True) as part, saving_tensors(folder):
+        save_file({name: p.detach().cpu().contiguous() for name, p in _learned(model, trained).items()}, part)
 
 
 @torch.no_grad()
 def _load_best(model: FineTuned, trained: Trained, folder: Path) -> None:
     learned = _learned(model, trained)
-    for name, value in load_file(folder / "best.safetensors").items():
+    try:
+        best = load_file(folder / "best.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise InputError(
+            f"{folder / 'best.safetensors'} is damaged ({error}); remove {folder} to start afresh"
+        ) from None
+    for name, value in best.items():
         learned[name].copy_(value)

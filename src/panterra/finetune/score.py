@@ -79,13 +79,13 @@ def score(
     with torch.no_grad():
         for start in range(0, len(index), batch_size):
             some = [examples[int(i)] for i in index[start : start + batch_size]]
-            target = torch.cat([sample.target for sample in some])
+            target = torch.cat([sample.target for sample in some]).to(device)
             scores = model(collate([sample.batch for sample in some]).to(device))
-            tallies.append(task.tally(scores, target.to(device)))
+            tallies.append(task.tally(scores, target))
             if watch:
-                watch(scores, target.to(device))
+                watch(scores, target)
             if options is not None:
-                losses += float(task.loss(scores, target.to(device), options)) * len(some)
+                losses += float(task.loss(scores, target, options)) * len(some)
                 weights += len(some)
             if advance:
                 advance(len(some))

@@ -91,6 +91,12 @@ class Tuning:
     """Parts that a batch is worked through in, which saves memory; each counts alike."""
     drop_last: bool = False
     """Whether an incomplete last batch of an epoch is left out."""
+    draw: Literal["each", "root"] = "each"
+    """each: every training sample once an epoch; root: as many, classes by the root of their frequency."""
+    date_shares: Mapping[str, float] = field(default_factory=dict)
+    """By modality, the share of the dates of a training sample that is shown, drawn anew each time; else all."""
+    most_dates: int | None = None
+    """Of a longer series of a training sample so many dates are shown, drawn anew each time."""
     rank: int = 8
     """Of LoRA."""
     alpha: float = 16.0
@@ -118,6 +124,13 @@ class Tuning:
             raise InputError(f"loss is {self.loss!r}; wanted cross_entropy or dice")
         if min(self.epochs, self.batch_size, self.patience, self.accumulate) < 1 or self.head_first < 0:
             raise InputError("epochs, batch_size, patience and accumulate must be 1 or more, and head_first 0 or more")
+        if self.draw not in ("each", "root") or not all(0 < share <= 1 for share in self.date_shares.values()):
+            raise InputError(
+                f"draw is {self.draw!r} and date_shares {dict(self.date_shares)}; wanted each or root, and shares "
+                "above 0 and up to 1"
+            )
+        if self.most_dates is not None and self.most_dates < 1:
+            raise InputError(f"most_dates is {self.most_dates}; give 1 or more, or None for all")
         if not 0 < self.lr < math.inf or not 0 <= self.encoder_peak < math.inf:
             raise InputError(
                 f"lr is {self.lr:g} and encoder_lr {self.encoder_peak:g}; wanted a finite lr above 0 and a finite "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -28,14 +28,16 @@ from panterra.models.anysat_inputs import (
     as_published,
     check_extent,
     check_grid,
+    check_memory,
     choose_sensors,
+    fit_scale,
     on_own_pixels,
     preferred,
     read_input,
     whole_cells,
 )
 from panterra.models.anysat_projectors import CellProjector, Grid, Input, SeriesProjector
-from panterra.models.anysat_sensors import CELL_M, SENSORS, Sensor, declare, sensor_of
+from panterra.models.anysat_sensors import CELL_M, SENSORS, Sensor, declare, finetuning_sensors, sensor_of
 from panterra.models.anysat_statistics import Statistics, as_json, fit_statistics, statistics_from_json
 from panterra.models.features import Features
 from panterra.models.layers import Block, works_in_place
@@ -315,7 +317,7 @@ class AnySat(nn.Module):
         return Grid(rows=rows, cols=cols, scale=scale)
 
     def encode(self, batch: Batch, *, patch_m: float, dense: bool | str = False) -> Features:
-        """Embed a batch in declared units, with patches of any multiple of 10 m.
+        """Embed a batch in declared units, with patches of any multiple of 10 m; of Planet alone, of 12 m too.
 
         `dense` adds a vector for each sub-patch of the modality it names, or of the one with the smallest; of several,
         the one it prefers.
@@ -323,9 +325,10 @@ class AnySat(nn.Module):
         """
         chosen = choose_sensors(batch, self.sensors, name=self.name)
         check_grid(batch, chosen)
-        scale = whole_cells(patch_m)
+        scale, chosen = fit_scale(chosen, patch_m)
         batch = on_own_pixels(batch, chosen)
         check_extent(batch, chosen, patch_m)
+        check_memory(batch, chosen, patch_m, self.class_token.device)
         inputs = {s.name: self._input(batch.observations[m], m, s) for m, s in chosen.items()}
         fine = None
         if dense:
@@ -394,6 +397,24 @@ class AnySat(nn.Module):
             statistics = self.statistics[sensor.name]
         given = read_input(o, modality, sensor, statistics, dtype=self.class_token.dtype)
         return given if self.missing == "masked" else as_published(given)
+
+
+def for_finetuning(model: AnySat) -> AnySat:
+    """Give the same model, sharing its weights, with the sensors as published fine-tuning configures them."""
+    config = replace(model.config, sensors=finetuning_sensors(model.config.sensors))
+    with torch.device("meta"):
+        same = AnySat(
+            config,
+            name=model.name,
+            missing=model.missing,
+            normalized_input=model.normalized_input,
+            statistics=model.statistics,
+        )
+    same.load_state_dict(model.state_dict(), assign=True)
+    for mine, theirs in zip(same.parameters(), model.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    same.licence = model.licence
+    return same.train(model.training)
 
 
 def projector(sensor: Sensor, dim: int) -> CellProjector | SeriesProjector:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from panterra.errors import InputError
-from panterra.models.layers import MLP, ROWS, Attention, Block, works_in_place
+from panterra.models.layers import MLP, Attention, Block, rows_together, works_in_place
 
 Layout = Literal["tokens", "heads"]
 """tokens: softmax over the tokens of a sample, the usual attention. heads: over the heads of each token alone, which is
@@ -35,11 +35,12 @@ def check_width(dim: int, heads: int, part: str) -> None:
 def places(rows: int, cols: int, step: float, dim: int) -> Float[Tensor, "n d"]:
     """Encode the cells of a grid `step` apart, in raster order; the first half of the width is the column (AnySat)."""
     quarter = dim // 4
-    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    # In float32 throughout: on large grids that is more than rounding, and the weights were trained with it.
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
 
     def encode(num: int) -> Tensor:
-        angle = (torch.arange(num, dtype=torch.float64) * step)[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+        angle = (torch.arange(num, dtype=torch.float32) * step)[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     col = encode(cols)[None].expand(rows, -1, -1)
     row = encode(rows)[:, None].expand(-1, cols, -1)
@@ -102,10 +103,11 @@ class DistanceAttention(nn.Module):
     ) -> None:
         """Add attention over `norm(x)` to `x` in place."""
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
-        for part, out in zip(x.flatten(0, 1).split(ROWS), qkv.flatten(0, 1).split(ROWS), strict=True):
+        rows = rows_together(x)
+        for part, out in zip(x.flatten(0, 1).split(rows), qkv.flatten(0, 1).split(rows), strict=True):
             torch.addmm(self.qkv.bias, norm(part), self.qkv.weight.mT, out=out)
         mixed = self._mix(qkv, index, visible).flatten(0, 1)
-        for part, seen in zip(x.flatten(0, 1).split(ROWS), mixed.split(ROWS), strict=True):
+        for part, seen in zip(x.flatten(0, 1).split(rows), mixed.split(rows), strict=True):
             part.add_(self.proj.bias).addmm_(seen, self.proj.weight.mT)
 
     def first(self, x: Float[Tensor, "b n d"], *, visible: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b 1 d"]:
@@ -115,6 +117,9 @@ class DistanceAttention(nn.Module):
         q_bias, _, v_bias = self.qkv.bias.split(dim)
         q = F.linear(x[:, 0], q_weight, q_bias).unflatten(-1, (self.heads, -1))
         out: Tensor = self.proj(attend_once(q, x, k_weight, v_weight, v_bias, visible=visible))
+        if torch.is_grad_enabled() and self.distance.requires_grad:
+            # A gradient of zero, with which weight decay goes on (AnySat); without one optimisers leave a weight alone.
+            out = out + 0.0 * self.distance.sum()
         return out[:, None]
 
     def _mix(
@@ -299,5 +304,8 @@ class Combiner(nn.Module):
 
 
 def chunk_rows(x: Tensor) -> int:
-    """Say how many vectors go through a stack of layers together in inference: few on a CPU, for its caches."""
-    return 4096 if x.device.type == "cpu" else 1 << 17
+    """Say how many vectors go through a stack of layers together in inference: few on a CPU, for its caches.
+
+    Kernels of attention on a GPU take no more than 65,535 sequences at once, each of two vectors or more.
+    """
+    return 4096 if x.device.type == "cpu" else 1 << 16

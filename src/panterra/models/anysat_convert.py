@@ -70,9 +70,17 @@ def anysat_state(published: Mapping[str, Tensor], *, prefix: str = "") -> dict[s
 
 
 def published_anysat_state(state: Mapping[str, Tensor], config: AnySatConfig, *, prefix: str = "") -> dict[str, Tensor]:
-    """Rename our entries, or their gradients, to the published names; undoes `anysat_state`."""
+    """Rename our entries, or their gradients, to the published names in the published order; undoes `anysat_state`."""
     sensors = {sensor.name: sensor for sensor in config.sensors}
-    return {prefix + _published(key, config.depth, sensors): value for key, value in state.items()}
+    renamed = {_published(key, config.depth, sensors): value for key, value in state.items()}
+    return {prefix + key: renamed[key] for key in sorted(renamed, key=_place_in_file)}
+
+
+def _place_in_file(key: str) -> tuple[int, str]:
+    """Put projectors by name between the class token and the rest, which keeps its order."""
+    if key.startswith("projector_"):
+        return 1, key.partition(".")[0]
+    return (0 if key == "cls_token" else 2), ""
 
 
 def _ours(key: str, last: int) -> str:

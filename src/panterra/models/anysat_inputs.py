@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -46,6 +48,21 @@ def whole_cells(patch_m: float) -> int:
     return scale
 
 
+def fit_scale(chosen: Mapping[str, Sensor], patch_m: float) -> tuple[int, dict[str, Sensor]]:
+    """Count the cells along a patch's side, and give the sensors with the cells that are meant. Raises InputError.
+
+    A lone still image whose cells are not quite 10 m, as those of Planet, is cut along its own pixels where patches are
+    multiples of these cells and not of 10 m: the published code takes each for a square of 10 m.
+    """
+    (modality, sensor), *others = chosen.items()
+    own_m = sensor.kernel * MODALITIES[modality].gsd
+    if not sensor.dated and not others and sensor.place_m == own_m != sensor.cell_m and patch_m % CELL_M:
+        scale = round(patch_m / own_m)
+        if scale and abs(scale * own_m - patch_m) < 1e-6:
+            return scale, {modality: replace(sensor, cell_m=own_m)}
+    return whole_cells(patch_m), dict(chosen)
+
+
 def check_grid(batch: Batch, chosen: Mapping[str, Sensor]) -> None:
     """Refuse a grid of other than 10 m, unless it is that of another sensor's pixels and nothing else is on it."""
     wrong = [m for m, s in chosen.items() if not s.whole and abs(MODALITIES[m].gsd - batch.pixel_m) > 1e-6]
@@ -73,6 +90,39 @@ def check_extent(batch: Batch, chosen: Mapping[str, Sensor], patch_m: float) -> 
         raise InputError(
             f"a tile of {height:g} x {width:g} m is not a whole number of {patch_m:g} m patches; crop or pad it"
         )
+
+
+def check_memory(batch: Batch, chosen: Mapping[str, Sensor], patch_m: float, device: torch.device) -> None:
+    """Refuse more patches than all of a device's memory holds the distances of. Raises InputError."""
+    extents = [(m, batch.observations[m].pixels) for m, sensor in chosen.items() if not sensor.whole]
+    if not extents:
+        return
+    modality, pixels = extents[0]
+    rows, cols = (round(n * MODALITIES[modality].gsd / patch_m) for n in pixels.shape[-2:])
+
+    def needed(patches: int) -> int:
+        # Distances between patches, from patches to all tokens, and for each sample how these are scored.
+        tokens = patches * len(extents)
+        return 8 * patches**2 + 8 * patches * tokens + 4 * len(pixels) * patches * tokens
+
+    wanted, held = needed(rows * cols), memory_of(device)
+    if wanted <= held:
+        return
+    larger = (k for k in range(2, min(rows, cols) + 1) if not rows % k and not cols % k)
+    fits = next((f"patch_m={k * patch_m:g} or " for k in larger if needed(rows * cols // k**2) <= held), "")
+    raise InputError(
+        f"tiles of {rows} x {cols} patches of {patch_m:g} m came; the distances of so many take "
+        f"{wanted / 1e9:,.0f} GB, and {device} has {held / 1e9:,.0f} GB of memory: take {fits}smaller tiles"
+    )
+
+
+def memory_of(device: torch.device) -> float:
+    """Give the bytes of memory that a device has, used or not; infinity where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def on_own_pixels(batch: Batch, chosen: Mapping[str, Sensor]) -> Batch:

@@ -15,7 +15,7 @@ from panterra.models.packed import Packed
 from panterra.models.positions import rotate_, turn_heads, unit
 
 ROWS = 1024
-"""Tokens whose intermediate values stay in the cache together during inference."""
+"""Tokens whose intermediate values stay in a processor's cache together during inference."""
 
 
 class Attention(nn.Module):
@@ -85,7 +85,8 @@ class Attention(nn.Module):
     def _update(self, x: Tensor, norm: nn.LayerNorm, turn: Tensor | None, mix: Callable[..., Tensor]) -> None:
         weight, bias = self.qkv.weight.mT, self.qkv.bias
         qkv = x.new_empty(*x.shape[:2], len(bias))
-        for part, out in zip(x.flatten(0, 1).split(ROWS), qkv.flatten(0, 1).split(ROWS), strict=True):
+        rows = rows_together(x)
+        for part, out in zip(x.flatten(0, 1).split(rows), qkv.flatten(0, 1).split(rows), strict=True):
             torch.addmm(bias, norm(part), weight, out=out)
         parts = qkv.unflatten(-1, (3, self.heads, -1))
         qk, v = parts[:, :, :2], parts[:, :, 2]
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         if turn is not None:
             qk = rotate_(qk, unit(turn)[:, :, None])
         mixed = mix(qk[:, :, 0], qk[:, :, 1], v).flatten(2).flatten(0, 1)
-        for part, seen in zip(x.flatten(0, 1).split(ROWS), mixed.split(ROWS), strict=True):
+        for part, seen in zip(x.flatten(0, 1).split(rows), mixed.split(rows), strict=True):
             part.add_(self.proj.bias).addmm_(seen, self.proj.weight.mT)
 
 
@@ -199,6 +200,11 @@ def _linear_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     return d_x.view(x.shape).to(x.dtype), d_weight, d_bias
 
 
+def rows_together(x: Tensor) -> int:
+    """Say how many tokens go through a layer together in inference: few on a CPU, for its caches."""
+    return ROWS if x.device.type == "cpu" else 1 << 16
+
+
 def works_in_place(x: Tensor) -> bool:
     """Say whether layers may write over what they are given: without gradients, and without changing types."""
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
@@ -217,7 +223,7 @@ class MLP(nn.Module):
 
     def update(self, x: Float[Tensor, "b n d"], norm: nn.LayerNorm) -> None:
         """Add the MLP of `norm(x)` to `x` in place."""
-        for part in x.flatten(0, 1).split(ROWS):
+        for part in x.flatten(0, 1).split(rows_together(x)):
             hidden = torch.addmm(self.fc1.bias, norm(part), self.fc1.weight.mT)
             torch.ops.aten.gelu_(hidden)
             part.add_(self.fc2.bias).addmm_(hidden, self.fc2.weight.mT)

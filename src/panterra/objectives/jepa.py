@@ -79,7 +79,7 @@ class JEPAConfig:
 
     Where no sensor sees the whole tile, the context's tokens of sensor i are those of 1 - i patches further on; queries
     (where one does) and predictions carry the place of the patch before; with several samples the masks of the contrast
-    belong to other tokens; the teacher drops out as the student does.
+    belong to other tokens; the teacher drops out as the student does; scores by distance that no loss reaches decay.
     """
 
 
@@ -130,7 +130,8 @@ class JEPA(nn.Module):
         self.masked_token = nn.Parameter(torch.zeros(1, 1, config.encoder.dim))
         self.predictor = AnySatPredictor(config.predictor, config.encoder.dim)
         # These reach sub-patches alone, which nothing here looks at: to the patch's own row all keys are equally far.
-        cast(PatchBlock, self.encoder.patch_encoder.blocks[-1]).attn.distance.requires_grad_(False)
+        # Published, weight decay takes them to zero.
+        cast(PatchBlock, self.encoder.patch_encoder.blocks[-1]).attn.distance.requires_grad_(config.published)
         self.teacher = deepcopy(self.encoder).requires_grad_(False)
         self.train()
 

@@ -58,6 +58,8 @@ class Source:
     """Side of the random crop that is taken of a sensor's images."""
     max_dates: int | None = None
     """Of a longer series that many random dates are read."""
+    masked: bool = False
+    """Whether the published code knows where its series have no data. It contrasts no patches without any then."""
 
 
 class MixedBatches(Dataset[list[MaskedTiles]]):
@@ -113,10 +115,19 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
         """Count the steps of an epoch; steps beyond it belong to later epochs."""
         return self.steps
 
-    def __getitem__(self, step: int) -> list[MaskedTiles]:
+    def source(self, step: int) -> Source:
+        """Say of which data set a step's batch is."""
+        return self.sources[self._turn(step)[1]]
+
+    def _turn(self, step: int) -> tuple[int, int, int]:
+        """Find the epoch of a step, the number of its data set, and how many batches of that came before."""
         epoch, position = divmod(step, self.steps)
         weights = tuple(source.weight for source in self.sources)
         chosen, turn = (int(x) for x in draw_turns(self.counts, weights, self.steps, self.seed, epoch)[position])
+        return epoch, chosen, turn
+
+    def __getitem__(self, step: int) -> list[MaskedTiles]:
+        epoch, chosen, turn = self._turn(step)
         source, batch = self.sources[chosen], self.sources[chosen].batch
         order = shuffled(len(self.samples[source.name]), self.seed, epoch, chosen)
         mine = order[(turn * self.world + self.rank) * batch :][:batch]
@@ -158,6 +169,8 @@ class MixedBatches(Dataset[list[MaskedTiles]]):
             if source.name not in self.statistics:
                 raise InputError(f"{source.name} is in declared units and has no statistics; fit them (fit_statistics)")
             inputs = standardise(sample, self.statistics[source.name], self.sensors)
+            if self.published and source.masked:
+                inputs = {name: with_mask(given) for name, given in inputs.items()}
         else:
             inputs = as_inputs(sample)
         chosen = {name: inputs[name] for name in source.sensors if name in inputs}
@@ -227,6 +240,13 @@ def standardise(
             raise InputError(f"there are no statistics of {sensor.name}; fit them to the data set (fit_statistics)")
         inputs[sensor.name] = read_input(o, modality, sensor, statistics[sensor.name], dtype=torch.float32)
     return inputs
+
+
+def with_mask(given: Input) -> Input:
+    """Say in the published way where a series has data."""
+    if given.days is None or given.valid is None:
+        return given
+    return replace(given, present=given.valid[:, :, None].expand_as(given.values))
 
 
 def crop(given: Input, side: int, generator: Generator) -> Input:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from panterra.errors import InputError
+from panterra.evaluate.anysat_protocol import retrieval_accuracy
 from panterra.models.anysat import AnySatConfig, anysat_config
 from panterra.models.anysat_predictor import AnySatPredictorConfig
 from panterra.models.anysat_sensors import SENSORS
@@ -37,7 +39,13 @@ FLAIR = Source(
     name="flair", sensors=("aerial-flair", "s2"), batch=32, cells=10, scales=(1, 2), crop_px={"aerial-flair": 500}
 )
 PLANTED = Source(
-    name="planted", sensors=("s2", "s1", "l7", "alos", "modis"), batch=256, cells=12, scales=(3,), weight=2
+    name="planted",
+    sensors=("s2", "s1", "l7", "alos", "modis"),
+    batch=256,
+    cells=12,
+    scales=(3,),
+    weight=2,
+    masked=True,
 )
 S2NAIP_URBAN = Source(
     name="s2naip_urban", sensors=("naip", "l8", "s2", "s1"), batch=2, cells=64, scales=(4, 8, 16), weight=4
@@ -49,6 +57,8 @@ S2NAIP_TRAIN = 359_046
 """Tiles of S2NAIP-URBAN that the published length of an epoch counts."""
 S2NAIP_VAL = 82_140
 """Those that the published length of a validation counts."""
+RETRIEVED_FROM = 256
+"""Batches of a validation in which patches are found again; published: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +108,8 @@ class AnySatRecipe:
     patience: int | None = 10
     """Epochs in a row without a lower validation loss, after which the learning rate falls tenfold; None: never."""
     clip_norm: float | None = None
+    exported: Literal["best", "last"] = "best"
+    """best: the model after the epoch with the lowest mean training loss."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Published: 16-bit floats, whose exponents are smaller."""
     data_seed: int = 32
@@ -169,7 +181,8 @@ def run_from(
         # Published: series are cut to so many dates in training alone.
         sources = [replace(source, max_dates=None) for source in recipe.sources]
         longest = None if recipe.validation_samples is None else recipe.validation_samples // 20
-        checks = (*checks, validation(mix(sources, held_out, epoch_steps=longest), every=epoch))
+        others = mix(sources, held_out, epoch_steps=longest)
+        checks = (*checks, validation(others, every=epoch), retrieval(others, every=epoch, steps=RETRIEVED_FROM))
         if recipe.patience is not None:
             plateau = Plateau(figure="validation/loss", patience=recipe.patience)
 
@@ -204,6 +217,7 @@ def run_from(
         before_update=follow_student,
         checks=checks,
         export=export,
+        best_of=epoch if recipe.exported == "best" else None,
         settings={**asdict(recipe), "samples": {source.name: len(samples[source.name]) for source in recipe.sources}},
     )
 
@@ -221,6 +235,29 @@ def validation(batches: MixedBatches, *, every: int, steps: int | None = None, n
                 for key, value in {"loss": loss.total, **loss.terms}.items():
                     losses.setdefault(key, []).append(float(value))
         return {key: sum(values) / len(values) for key, values in losses.items()}
+
+    return Check(name=name, every=every, run=run)
+
+
+def retrieval(batches: MixedBatches, *, every: int, steps: int | None = None, name: str = "retrieval") -> Check:
+    """Make a check that finds patches again: `retrieval_accuracy` of each data set's sensors, averaged over batches.
+
+    Tokens are the student's, before places are added. Sensors that see the tile as a whole take no part.
+    """
+
+    @torch.no_grad()
+    def run(objective: nn.Module, step: int) -> dict[str, float]:
+        device = next(objective.parameters()).device
+        shares: dict[str, list[float]] = {}
+        for i in range(min(len(batches), steps or len(batches))):
+            for tiles in batches[i]:
+                seen = cast(JEPA, objective).look(tiles.to(device)).patches
+                if len(seen) < 2:
+                    continue
+                tokens = F.normalize(torch.stack(list(seen.values())).float().flatten(0, 2), dim=-1)
+                for sensor, share in retrieval_accuracy(tokens @ tokens.mT, list(seen)).items():
+                    shares.setdefault(f"{batches.source(i).name}/{sensor}", []).append(share)
+        return {key: sum(values) / len(values) for key, values in shares.items()}
 
     return Check(name=name, every=every, run=run)
 

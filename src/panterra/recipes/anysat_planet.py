@@ -327,6 +327,7 @@ def planet_tiny() -> AnySatRecipe:
         warmup_steps=30,
         final_share=0.02,
         clip_norm=1.0,
+        exported="last",
         precision="float32",
     )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError
+from panterra.files import claimed, read_json, unfinished_folder
 from panterra.train import checkpoint
 from panterra.train.loading import load_batches
 from panterra.train.logs import Progress, open_logs, progress_bar
@@ -38,6 +38,7 @@ from panterra.train.parallel import (
     whole,
 )
 
+UNKNOWN = "what its checkpoints are of is not known without it: put back a copy, or choose another folder"
 Micro = Any
 """One pass's worth of samples: it has `.to(device)` and `.samples`."""
 
@@ -72,6 +73,8 @@ class Run:
     checks: Sequence[Check] = ()
     export: Callable[[nn.Module, Path], None] | None = None
     """Writes a model folder."""
+    best_of: int | None = None
+    """Export the model after that stretch of so many steps whose mean loss is the lowest; None: after the last step."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was made from; a resumed run must have the same."""
 
@@ -161,12 +164,16 @@ class State:
     energy: str = ""
     """How it was found, in words."""
     waited: Waited = field(default_factory=Waited)
+    stretch: float = 0.0
+    """Sum of the losses of the current stretch of steps (`Run.best_of`)."""
+    lowest: float | None = None
+    """Of the sums of whole stretches; the exported model is that of its end."""
     stopped: bool = False
     """Whether a signal reached any rank."""
 
     def facts(self) -> dict[str, Any]:
         """Return what is kept beside the tensors."""
-        names = ("step", "loss", "samples", "seconds", "kwh", "co2e_kg", "energy")
+        names = ("step", "loss", "samples", "seconds", "kwh", "co2e_kg", "energy", "stretch", "lowest")
         return {**{name: getattr(self, name) for name in names}, "waited": asdict(self.waited)}
 
     def go_on_from(self, facts: Mapping[str, Any]) -> None:
@@ -225,7 +232,11 @@ def train(run: Run, out: Path, options: Options | None = None, *, progress: Prog
     SIGTERM. `progress` takes the place of the bar on stderr.
     """
     options, steps = options or Options(), run.optimisation.steps
-    with join_ranks(options.device, options.parallel) as ranks, stop_signals() as signals:
+    with (
+        join_ranks(options.device, options.parallel) as ranks,
+        stop_signals() as signals,
+        claimed(out, f"the run in {out}") if ranks.first else nullcontext(),
+    ):
         state = begin(run, out, options, ranks, signals)
         end = steps if options.steps_this_time is None else min(steps, state.step + options.steps_this_time)
         logs, made = options.logs if ranks.first else (), run.batches(ranks.rank, ranks.world)
@@ -242,6 +253,7 @@ def train(run: Run, out: Path, options: Options | None = None, *, progress: Prog
                     pause = min(end, *(every * (state.step // every + 1) for every in options.checkpoints))
                     while state.step < pause and not state.stopped:
                         measures = update(run, state, batches, out, options)
+                        keep_best(run, state, out)
                         found = check(run, state)
                         if found or state.step % options.log_every == 0 or state.step == steps:
                             log(state.step, measures.record(ranks) | found)
@@ -355,7 +367,8 @@ def check(run: Run, state: State) -> dict[str, float]:
     found = {f"{c.name}/{key}": float(value) for c in due for key, value in c.run(objective, state.step).items()}
     state.objective.train()
     plateau = run.optimisation.plateau
-    if plateau is not None and plateau.figure in found:
+    # What the untrained model gives is no measure: an objective may be easy before there is anything to predict.
+    if plateau is not None and state.step and plateau.figure in found:
         state.waited = wait(state.waited, found[plateau.figure], plateau)
     return found
 
@@ -399,7 +412,7 @@ def plain(value: Any) -> Any:
 
 def check_same(run: Run, out: Path) -> None:
     """Refuse to continue a run of other settings."""
-    there, here = (_flat(d) for d in (json.loads((out / "run.json").read_text())["run"], describe(run)))
+    there, here = (_flat(d) for d in (read_json(out / "run.json", UNKNOWN)["run"], describe(run)))
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         changes = ", ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names[:3])
@@ -447,15 +460,35 @@ def stop_signals() -> Iterator[Signals]:
         restore()
 
 
+def keep_best(run: Run, state: State, out: Path) -> None:
+    """Export the model after a stretch of steps whose loss is the lowest; a resumed run does again what it repeats."""
+    if run.best_of is None or run.export is None:
+        return
+    assert state.loss is not None
+    state.stretch += state.loss
+    if state.step % run.best_of == 0:
+        total, state.stretch = state.stretch, 0.0
+        if state.lowest is None or total < state.lowest:
+            state.lowest = total
+            export_here(run.export, run, state, out / "model")
+
+
+def export_here(export: Callable[[nn.Module, Path], None], run: Run, state: State, folder: Path) -> None:
+    """Export the model of a run as it is; all ranks take part."""
+    objective = whole(state.objective, state.ranks, run.objective)
+    if state.ranks.first:
+        write_model(export, objective, folder)
+    state.objective.train()
+
+
 def finish(run: Run, state: State, out: Path) -> TrainResult:
     """Export the model of a run that is at its end, note the result and return it."""
     finished, model = state.step == run.optimisation.steps, None
     if finished and run.export is not None:
         model = out / "model"
-        objective = whole(state.objective, state.ranks, run.objective)
-        if state.ranks.first:
-            write_model(run.export, objective, model)
-    facts = {name: value for name, value in state.facts().items() if name not in ("energy", "waited")}
+        if state.lowest is None:
+            export_here(run.export, run, state, model)
+    facts = {name: value for name, value in state.facts().items() if name in TrainResult.__dataclass_fields__}
     result = TrainResult(folder=out, finished=finished, model=model, **facts)
     if state.ranks.first:
         checkpoint.write_json(out / "result.json", {**plain(result), "energy": state.energy})
@@ -477,9 +510,5 @@ def export(run: Run, out: Path, folder: Path, *, step: int | None = None) -> Pat
 
 def write_model(export: Callable[[nn.Module, Path], None], objective: nn.Module, folder: Path) -> None:
     """Export a model so that the folder has its name only when it is complete."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    export(objective.eval(), part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with unfinished_folder(folder) as fresh:
+        export(objective.eval(), fresh)

@@ -157,7 +157,7 @@ def _as_features(features: np.ndarray | Tensor) -> Float[Tensor, "n d"]:
     if x.ndim != 2 or not len(x):
         raise InputError(f"features are {list(x.shape)}; wanted one row per sample, [n, D] with n above 0")
     # Not every accelerator has float64.
-    x = x.detach().to("cuda" if x.is_cuda else "cpu").to(torch.float64)
+    x = x.detach().to(x.device if x.is_cuda else "cpu").to(torch.float64)
     broken = int((~x.isfinite()).any(1).sum())
     if broken:
         raise InputError(f"{broken} of {len(x)} feature rows hold NaN or infinity; drop the samples without data first")
