@@ -177,7 +177,7 @@ def test_nothing_is_a_list_without_features(sea, tmp_path):
 
 
 def test_the_command_lists_objects(sea, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("panterra.finetune.model.load_finetuned", lambda folder: a_detector())
+    monkeypatch.setattr("panterra.finetune.model.load_finetuned", lambda folder, device: a_detector())
     command(str(sea), model=tmp_path, out=tmp_path / "a.geojson", threshold=0.3, as_json=True)
     assert json.loads(capsys.readouterr().out)["counts"] == {"ship": 40}
     command(str(sea), model=tmp_path, out=tmp_path / "b.geojson", threshold=0.3)
@@ -219,7 +219,7 @@ def test_other_processes_list_the_same_and_a_poisoned_tile_loses_no_other(tmp_pa
     offset, size = block_of(path, 1, 1)
     path.write_bytes(good[:offset] + b"\xff" * size + good[offset + size :])
     os.utime(path, ns=times)
-    monkeypatch.setattr("panterra.finetune.model.load_finetuned", lambda folder: model)
+    monkeypatch.setattr("panterra.finetune.model.load_finetuned", lambda folder, device: model)
     monkeypatch.setenv("PANTERRA_LEDGER", "off")
     with pytest.raises(SystemExit) as status:
         command(str(scene), model=tmp_path, out=out, threshold=0.08, tile_px=48, on="processes:1", as_json=True)

@@ -15,6 +15,7 @@ from panterra.cli.options import (
     BudgetKwh,
     Country,
     CrsCode,
+    Device,
     Json,
     On,
     Overwrite,
@@ -39,6 +40,7 @@ def detect(
     crs: CrsCode | None = None,
     aoi: Aoi | None = None,
     on: On = "local",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
@@ -48,12 +50,14 @@ def detect(
     from panterra.commands.terminal import despite_failures, note, show_json, show_table
     from panterra.finetune.model import at_periods, load_finetuned
     from panterra.mapping import detections
+    from panterra.train.parallel import choose_device
 
+    where = choose_device(device)
     found, failed = despite_failures(
         "detecting",
         lambda progress: detections.detect(
             scene,
-            at_periods(load_finetuned(model), before, after),
+            at_periods(load_finetuned(model, device=where), before, after),
             out,
             threshold=threshold,
             same=same,

@@ -13,6 +13,7 @@ from panterra.cli.options import (
     BudgetKwh,
     Country,
     CrsCode,
+    Device,
     Json,
     ModalityNames,
     ModelName,
@@ -43,6 +44,7 @@ def embed(
     crs: CrsCode | None = None,
     aoi: Aoi | None = None,
     on: On = "local",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
@@ -53,12 +55,14 @@ def embed(
     from panterra.mapping import run
     from panterra.mapping.seams import read_seams, warning_of
     from panterra.models.weights import load_model
+    from panterra.train.parallel import choose_device
 
+    where = choose_device(device)
     store, failed = despite_failures(
         "embedding",
         lambda progress: run.embed(
             scene,
-            load_model(model, random=random),
+            load_model(model, random=random, device=where),
             out,
             patch_m=patch_m,
             modalities=modalities,

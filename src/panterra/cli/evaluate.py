@@ -20,7 +20,7 @@ def evaluate(
         ),
     ],
     benchmarks: Annotated[
-        list[str], Parameter(consume_multiple=True, help="NAME=FOLDER of each labelled data set (see: data.md).")
+        list[str], Parameter(consume_multiple=True, help="NAME=FOLDER of each labelled data set (see docs/data.md).")
     ],
     out: Annotated[Path, Parameter(help="Folder for tables and report; a repeated run goes on in it.")],
     protocols: Annotated[
@@ -73,7 +73,7 @@ def evaluate(
     ] = None,
     tuned_head: Annotated[
         Literal["published", "nearest", "naive", "mean", "max", "batch_mlp"],
-        Parameter(help="Of encoders that are trained, where it is for the task (see: evaluating.md)."),
+        Parameter(help="Of encoders that are trained, where it is for the task (see docs/evaluating.md)."),
     ] = "published",
     precision: Annotated[Literal["bfloat16", "float32"], Parameter(help="In which encoders are trained.")] = "bfloat16",
     epochs: Annotated[int | None, Parameter(help="Of training, not the published number.")] = None,

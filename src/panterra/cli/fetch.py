@@ -80,8 +80,7 @@ def fetch(
 ) -> None:
     """Fetch imagery of an area from a STAC catalogue, or turn your own rasters into a scene.
 
-    A stopped run goes on where it was and ends with the same bytes. Of your own files, what cannot be told is asked
-    for, never guessed.
+    A stopped run goes on where it was. What your files do not tell is asked for, never guessed.
     """
     if (aoi is None) == (from_files is None):
         raise InputError("say what to fetch: an area with --aoi, or files of your own with --from-files")

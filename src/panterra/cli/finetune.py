@@ -81,9 +81,9 @@ def finetune(
     ] = "cross_entropy",
     label_smoothing: Annotated[float, Parameter(help="Share of each label spread over all classes.")] = 0.0,
     augment: Annotated[bool, Parameter(negative="--no-augment", help="Flip, turn, leave out dates, add noise.")] = True,
-    precision: Annotated[Literal["float32", "bfloat16"], Parameter(help="bfloat16: faster where there is it.")] = (
-        "float32"
-    ),
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Parameter(help="bfloat16: faster on GPUs and some processors.")
+    ] = "float32",
     seed: int = 42,
     device: Annotated[str, Parameter(help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")] = "auto",
     overwrite: Overwrite = False,

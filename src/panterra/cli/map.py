@@ -15,6 +15,7 @@ from panterra.cli.options import (
     BudgetKwh,
     Country,
     CrsCode,
+    Device,
     Json,
     On,
     Overwrite,
@@ -41,6 +42,7 @@ def map(
     crs: CrsCode | None = None,
     aoi: Aoi | None = None,
     on: On = "local",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     country: Country | None = None,
     budget_kwh: BudgetKwh | None = None,
@@ -53,14 +55,17 @@ def map(
     from panterra.mapping.probing import as_probe
     from panterra.mapping.seams import warning_of
     from panterra.models.weights import load_model
+    from panterra.train.parallel import choose_device
 
+    where = choose_device(device)
     result, failed = despite_failures(
         "mapping",
         lambda progress: run.map(
             source,
             at_periods(as_probe(probe), before, after),
             out,
-            model=load_model(model, random=random) if model else None,
+            model=load_model(model, random=random, device=where) if model else None,
+            device=where,
             probabilities=probabilities,
             tile_px=tile_px,
             crs=crs,

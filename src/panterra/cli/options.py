@@ -20,6 +20,7 @@ WindowPx = Annotated[int, Parameter(help="Side of what the model sees at once, i
 OverlapPx = Annotated[int, Parameter(help="How far windows overlap; features are blended there.")]
 TilePx = Annotated[int, Parameter(help="Side of a unit of work: bounds memory; the result does not depend on it.")]
 On = Annotated[str, Parameter(help="Where tiles are computed: local, processes:N, ray, or ray://HOST:10001.")]
+Device = Annotated[str, Parameter(help="Where the model computes: cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
 CrsCode = Annotated[str, Parameter(help="Projected CRS of the result; by default the UTM zone with most of the area.")]
 Aoi = Annotated[
     str,

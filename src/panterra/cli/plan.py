@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from panterra.cli.options import (
     Country,
     CrsCode,
+    Device,
     Json,
     ModalityNames,
     OverlapPx,
@@ -59,6 +60,7 @@ def plan(
     measure: Annotated[
         bool, Parameter(show_default=False, help="Try a few windows now, even where earlier runs tell the speed.")
     ] = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Say what a map or embeddings will take: imagery, bytes, hours, electricity, CO2 equivalents, water, money."""
@@ -66,14 +68,17 @@ def plan(
     from panterra.commands.terminal import note, show_json
     from panterra.mapping.plan import plan_map, read_prices
     from panterra.models.weights import load_model
+    from panterra.train.parallel import choose_device
 
     if scene is None and aoi is None:
         raise InputError("say what to plan: a scene, or an area with --aoi")
     if scene is not None and (dates or source):
         raise InputError("--dates and --source choose imagery to fetch; leave them out, or the scene")
+    where = choose_device(device)
     planned = plan_map(
         scene if scene is not None else find_imagery(str(aoi), dates, modalities or [], source or [], every),
-        model=load_model(model, random=random) if model else None,
+        model=load_model(model, random=random, device=where) if model else None,
+        device=where,
         probe=probe,
         crs=crs,
         aoi=aoi if scene is not None else None,

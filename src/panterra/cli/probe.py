@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from panterra.cli.options import BlockM, Json, LabelColumn, PatchM, RandomSeed
+from panterra.cli.options import BlockM, Device, Json, LabelColumn, PatchM, RandomSeed
 
 if TYPE_CHECKING:
     from panterra.evaluate.metrics import Interval
@@ -34,6 +34,7 @@ def probe(
     model: Annotated[str | None, Parameter(help="Where the source is a scene: the model to embed it with.")] = None,
     random: RandomSeed = None,
     patch_m: PatchM = 40,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Fit a probe to labels and report what it scores where it has not been."""
@@ -41,7 +42,7 @@ def probe(
     from panterra.commands.terminal import show_json, show_table
     from panterra.energy import recorded
 
-    store = as_embeddings(source, beside=out, model=model, random=random, patch_m=patch_m)
+    store = as_embeddings(source, beside=out, model=model, random=random, patch_m=patch_m, device=device)
     with recorded("probe", model=model):
         fitted = fit_to_labels(
             store,

@@ -24,6 +24,7 @@ from panterra.models.features import Encoder
 from panterra.models.sub_patches import divided
 from panterra.models.weights import load_model
 from panterra.train.logs import progress_bar
+from panterra.train.parallel import choose_device
 
 
 def finetune_scenes(
@@ -50,6 +51,7 @@ def finetune_scenes(
     The answer's cells are sub-patches where the head looks at these, else pixels of the common grid with the conv head
     and patches with the others, unless `output_m`. Of tasks with one answer per window they are pixels.
     """
+    choose_device(settings.device)  # before scenes are read
     encoder = load_model(model, random=random)
     patch_m = settings.patch_m
     sides = divided(encoder).sub_patches_m(patch_m) if settings.sub_patches else {}
@@ -131,6 +133,7 @@ def finetune_dataset(
     settings: Settings,
 ) -> Result:
     """Fine-tune a model on a labelled data set with its own splits."""
+    choose_device(settings.device)
     encoder = load_model(model, random=random)
     held, wanted = card_of(dataset).modalities, modalities or encoder.modalities
     if not set(held) & set(wanted):

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from panterra.commands.pretrain_anysat import (
     dry_run_anysat,
     export_anysat,
@@ -45,6 +43,7 @@ from panterra.recipes.plan import (
 from panterra.recipes.run import make_run, write_card
 from panterra.recipes.start import Start, begin_from, inherit, noted_start, open_start, read_start
 from panterra.train.loop import Options, TrainResult, export, train
+from panterra.train.parallel import choose_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +80,7 @@ def run_pretrain(
 
     A new run starts from the weights `start`, see `panterra.recipes.start.open_start`, or from random ones.
     """
+    choose_device(options.device)  # before corpora are read
     first = is_first_rank()
     with recorded("pretrain", model=settings.name, country=options.country) if first else nullcontext():
         if isinstance(settings, NanoRecipe):
@@ -199,14 +199,13 @@ def _dry_run_olmoearth(
     watts: float | None,
     country: str | None,
 ) -> Plan:
+    where = str(choose_device(device))
     corpora = [open_corpus(folder) for folder in data]
     facts = facts_of(corpora, settings) if corpora else published_facts(settings)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if tflops is not None:
         rate, power = Rate(flops=tflops * 1e12, source="given"), None
     else:
-        rate, power = measure_rate(settings, crop_tokens(settings, facts), device=device), local_power(device)
+        rate, power = measure_rate(settings, crop_tokens(settings, facts), device=where), local_power(where)
     if watts is not None:
         power = Power(watts=watts, source="given")
     return plan_run(settings, facts, world=ranks, sharded=sharded, rate=rate, power=power, country=country)

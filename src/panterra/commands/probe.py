@@ -20,6 +20,7 @@ from panterra.imagery.stac import open_scene
 from panterra.mapping import run
 from panterra.mapping.embeddings import EmbeddingStore, dates_of, open_embeddings
 from panterra.models.weights import load_model
+from panterra.train.parallel import choose_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +38,10 @@ class Fitted:
 
 
 def as_embeddings(
-    source: str, *, beside: Path, model: str | None, random: int | None, patch_m: float
+    source: str, *, beside: Path, model: str | None, random: int | None, patch_m: float, device: str = "cpu"
 ) -> EmbeddingStore:
     """Open stored embeddings, or embed a scene into `<beside>-embeddings.zarr`."""
+    where = choose_device(device)
     if Path(source).suffix.lower() in (".zarr", ".tif", ".tiff") or (Path(source) / "zarr.json").is_file():
         return open_embeddings(source)
     if model is None:
@@ -47,7 +49,7 @@ def as_embeddings(
         raise InputError(f"{source} is a scene; say with --model what to embed it with, or embed it first")
     out = beside.with_name(f"{beside.name}-embeddings.zarr")
     with progress_bar("embedding") as progress:
-        encoder = load_model(model, random=random)
+        encoder = load_model(model, random=random, device=where)
         return run.embed(source, encoder, out, patch_m=patch_m, overwrite=True, progress=progress, note=note)
 
 

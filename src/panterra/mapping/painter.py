@@ -43,9 +43,10 @@ class ModelFiles:
     content: Mapping[str, bytes] | None = None
 
     def carried(self) -> ModelFiles:
-        """Take the files along."""
+        """Take the files along; a worker on a cluster is given one GPU, which is the first that it sees."""
         files = (file for file in self.folder.rglob("*") if file.is_file())
-        return replace(self, content={file.relative_to(self.folder).as_posix(): file.read_bytes() for file in files})
+        content = {file.relative_to(self.folder).as_posix(): file.read_bytes() for file in files}
+        return replace(self, content=content, device=self.device.partition(":")[0])
 
     def load(self) -> Encoder:
         """Load the encoder."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from odc.geo.geobox import GeoBox
 
 from panterra.energy.grid import local_grid
@@ -122,6 +123,7 @@ def plan_map(
     *,
     model: Encoder | str | Path | None = None,
     probe: Probe | FineTuned | str | Path | None = None,
+    device: str | torch.device | None = None,
     box: GeoBox | None = None,
     crs: str | None = None,
     aoi: str | Path | Area | None = None,
@@ -155,7 +157,7 @@ def plan_map(
     if probe is None:
         if model is None:
             raise InputError("which model? name one, or give a probe that names its own")
-        encoder = weights.load_model(model) if isinstance(model, str | Path) else model
+        encoder = weights.load_model(model, device=device or "cpu") if isinstance(model, str | Path) else model
         scene = scene if isinstance(scene, Scene) else open_scene(scene)
         work = Encoding.plan(
             scene,
@@ -188,6 +190,7 @@ def plan_map(
             tile_px=tile_px,
             batch_windows=batch_windows,
             workers=workers,
+            device=device,
         )
         check_fit(probe, work)
         per_pixel = np.dtype(map_nodata(probe)[1]).itemsize + 4 * len(probe.classes) * probabilities

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from odc.geo.geobox import GeoBox
 
 from panterra.errors import InputError
@@ -40,15 +41,21 @@ def encoding_for(
     tile_px: int | None,
     batch_windows: int,
     workers: int,
+    device: str | torch.device | None = None,
 ) -> Encoding:
-    """Plan the features that a probe or a fine-tuned model needs; it says what is not given."""
+    """Plan the features that a probe or a fine-tuned model needs; it says what is not given.
+
+    The encoder is taken to a `device`, if one is given.
+    """
     source, tuned = probe.source, probe if isinstance(probe, FineTuned) else None
     if tuned is not None and model is not None:
         raise InputError("a fine-tuned model has its own encoder; leave out model")
     if source is None and (model is None or patch_m is None):
         raise InputError("the probe does not say how its features were made; give model and patch_m")
     found = cast("Encoder | str | Path", tuned or model or (source and source.encoder))
-    encoder = weights.load_model(found) if isinstance(found, str | Path) else found
+    encoder = weights.load_model(found, device=device or "cpu") if isinstance(found, str | Path) else found
+    if device is not None and isinstance(encoder, torch.nn.Module):
+        encoder.to(device)
     if source is not None and source.statistics and isinstance(encoder, Fitted):
         encoder = encoder.with_statistics(source.statistics)
     scene = scene if isinstance(scene, Scene) else open_scene(scene)

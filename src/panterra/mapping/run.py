@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pystac
+import torch
 from odc.geo.geobox import GeoBox
 
 from panterra.energy import EnergyReport
@@ -151,6 +152,7 @@ def map(
     out: str | Path,
     *,
     model: Encoder | str | Path | None = None,
+    device: str | torch.device | None = None,
     box: GeoBox | None = None,
     crs: str | None = None,
     aoi: str | Path | Area | None = None,
@@ -180,6 +182,7 @@ def map(
     modalities it sees and how large patches and windows are comes from the probe where it is not given; stored
     embeddings need no encoder. Statistics that the probe's features were standardised by go before all others. Windows
     overlap by 16 px, or as the fine-tuned model says.
+    An encoder that is named computes on `device`, a CPU unless told otherwise; one that is given is taken there.
     Everything else is as in `embed`.
     """
     started, out = time.perf_counter(), Path(out)
@@ -231,6 +234,7 @@ def map(
             tile_px=tile_px,
             batch_windows=batch_windows,
             workers=workers,
+            device=device,
         )
     check_fit(probe, work)
     check_on(on, work, budget_kwh)

@@ -446,7 +446,7 @@ class OlmoEarth(nn.Module):
         if place is not None:
             place = place.expand(len(x), -1, -1)[seen]
         out = self._run(x[seen], place, packed)
-        whole = torch.zeros_like(x)
+        whole = out.new_zeros(x.shape)  # of the result's type, which is not that of x under autocast on a GPU
         whole[seen] = out
         return whole
 
@@ -458,8 +458,9 @@ class OlmoEarth(nn.Module):
         short = packed.pad(x[seen]) * packed.valid[..., None]
         if place is not None:
             place = packed.pad(place.expand(len(x), -1, -1)[seen]) * packed.valid[..., None]
-        whole = torch.zeros_like(x)
-        whole[seen] = self._trunk(short, place, None)[packed.valid]
+        out = self._trunk(short, place, None)
+        whole = out.new_zeros(x.shape)
+        whole[seen] = out[packed.valid]
         return whole
 
     def _run(self, x: Float[Tensor, "n d"], place: Float[Tensor, "n 3"] | None, packed: Packed) -> Float[Tensor, "n d"]:

@@ -462,7 +462,7 @@ def measure_rate(recipe: OlmoEarthRecipe, crops: Sequence[CropTokens], *, device
     def seconds_of(samples: int) -> float:
         x = torch.randn(samples, n, config.dim, device=device, requires_grad=True)
         started = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             out = block(x)
         out.float().sum().backward()
         assert x.grad is not None
@@ -489,7 +489,8 @@ def local_power(device: str = "cpu") -> Power | None:
         import pynvml  # type: ignore[import-untyped, unused-ignore]
 
         pynvml.nvmlInit()
-        limit = pynvml.nvmlDeviceGetPowerManagementLimit(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1000
+        number = int(device.partition(":")[2] or 0)
+        limit = pynvml.nvmlDeviceGetPowerManagementLimit(pynvml.nvmlDeviceGetHandleByIndex(number)) / 1000
     except ImportError:
         return None
     except pynvml.NVMLError:

@@ -76,16 +76,24 @@ def join_ranks(device: str = "auto", parallel: str = "auto") -> Iterator[Ranks]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """Give this process its device; "auto" is a GPU where there is one."""
+    """Give this process its device; "auto" is a GPU where there is one. Raises InputError where torch has no such."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+        if chosen.type != "cuda":
+            torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):  # AssertionError: built without that kind of device
         raise InputError(f"device {device!r} came; give auto, cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
         raise InputError(f"device {device!r} came, but torch {torch.__version__} finds no GPU here; use cpu")
-    return torch.device("cuda", local_rank) if device == "cuda" else chosen
+    number, there = local_rank if chosen.index is None else chosen.index, torch.cuda.device_count()
+    if number >= there:
+        asked = f"device {device!r}" if chosen.index is not None else f"{device!r} for process {number} of this machine"
+        raise InputError(f"{asked} came, but torch sees {there} GPUs here, counted from 0; use one of those, or cpu")
+    return torch.device("cuda", number)
 
 
 class Losses(nn.Module):
