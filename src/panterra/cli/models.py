@@ -17,9 +17,19 @@ def models(*, as_json: Json = False) -> None:
     if as_json:
         show_json({name: asdict(card) for name, card in MODELS.items()} | {m.name: asdict(m) for m in others})
         return
+    # Eighty columns: the address of the weights is in --json.
     show_table(
-        ["name", "family", "parameters", "embedding", "licence", "weights from"],
-        [(m.name, m.family, f"{m.parameters / 1e6:.1f} M", m.dim, m.licence or "-", m.source) for m in MODELS.values()],
+        ["name", "parameters", "dim", "licence", "weights"],
+        [
+            (
+                m.name,
+                f"{m.parameters / 1e6:.1f} M",
+                m.dim,
+                m.licence or "-",
+                "Hugging Face" if m.address else m.source if m.packaged else "none",
+            )
+            for m in MODELS.values()
+        ],
     )
     for terms in dict.fromkeys(m.terms for m in MODELS.values()):
         print(f"\n{terms}")

@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 Advance = Callable[[int, int], None]
 """Called with what is done and the total."""
 
+LONGEST_WORD = 32
+"""Paths and the like beyond so many characters are folded where a terminal is narrow."""
+
 
 def note(text: str) -> None:
     """Tell the person in front of the terminal something that is not part of the result."""
@@ -31,13 +34,17 @@ def show_json(result: object) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; a pipe or a file gets it unwrapped and without colour."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+    """Print a table, whose words and numbers stay whole; a pipe or a file gets it unwrapped and without colour."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, *column in zip(columns, *cells, strict=True):
+        longest = max(map(len, " ".join([name, *column]).split()), default=0)
+        table.add_column(name, min_width=min(longest, LONGEST_WORD), overflow="fold")
+    for row in cells:
+        table.add_row(*row)
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
     with console.capture() as text:
-        console.print(table, soft_wrap=not console.is_terminal)
+        console.print(table, soft_wrap=not console.is_terminal, crop=False)
     # rich would end the program where the reader has left; print raises BrokenPipeError, which the command line knows.
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
