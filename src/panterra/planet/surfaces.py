@@ -28,8 +28,8 @@ CLASSES = (
     Class(name="winter wheat", code=6, colour=(228, 190, 88), worldcover=40),
     Class(name="rapeseed", code=7, colour=(246, 232, 48), worldcover=40),
     Class(name="maize", code=8, colour=(236, 138, 40), worldcover=40),
-    Class(name="alfalfa", code=9, colour=(160, 98, 178), worldcover=40),
-    Class(name="built-up", code=10, colour=(206, 62, 62), worldcover=50),
+    Class(name="alfalfa", code=9, colour=(98, 55, 111), worldcover=40),
+    Class(name="built-up", code=10, colour=(215, 29, 12), worldcover=50),
     Class(name="bare ground", code=11, colour=(156, 142, 128), worldcover=60),
 )
 SOUTHERN_CLASSES = (
