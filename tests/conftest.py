@@ -1,12 +1,16 @@
 """What several test files need."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from panterra.files import claimed
 
 # What is tried is the same in each run, and how long it takes, on a machine that may be busy, does not matter.
 settings.register_profile("panterra", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -50,3 +54,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, card in planet_benchmarks.cards().items():
             patch.setitem(DATASETS, name, card)
         yield planet_benchmarks.write_planet(tmp_path_factory.mktemp("planet") / "tiles")
+
+
+@pytest.fixture
+def claimed_elsewhere() -> Iterator[Callable[[Path], Callable[[], None]]]:
+    """Let another process claim a folder; what is returned kills it."""
+    children: list[int] = []
+
+    def kill() -> None:
+        while children:
+            child = children.pop()
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def begin(folder: Path) -> Callable[[], None]:
+        ours, theirs = multiprocessing.get_context("fork").Pipe()
+        child = os.fork()
+        if child == 0:
+            with claimed(folder, "it"):
+                theirs.send("claimed")
+                signal.pause()
+        children.append(child)
+        assert ours.recv() == "claimed"
+        return kill
+
+    yield begin
+    kill()

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -73,21 +71,14 @@ def test_what_a_killed_process_had_begun_is_taken_away_by_the_next(tmp_path):
     assert all(path.exists() for path in others)
 
 
-def test_a_claim_ends_with_its_process(tmp_path):
-    mine, theirs = multiprocessing.get_context("fork").Pipe()
-    child = os.fork()
-    if child == 0:
-        with claimed(tmp_path / "run", "the run"):
-            theirs.send("claimed")
-            signal.pause()
-    assert mine.recv() == "claimed"
+def test_a_claim_ends_with_its_process(tmp_path, claimed_elsewhere):
+    kill = claimed_elsewhere(tmp_path / "run")
     with (
         pytest.raises(InputError, match="another process is making the run; wait for it"),
         claimed(tmp_path / "run", "the run"),
     ):
         pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    kill()
     with claimed(tmp_path / "run", "the run"):
         (tmp_path / "run" / "log").touch()
     assert (tmp_path / "run" / "log").exists()

@@ -23,6 +23,7 @@ from torch import nn
 import panterra
 from panterra.errors import InputError
 from panterra.evaluate.probes import FeatureSource, Probe, ProbeClass
+from panterra.files import CLAIM
 from panterra.imagery.raster import write_cog
 from panterra.imagery.stac import Scene, make_item, open_scene, save_scene
 from panterra.mapping import reading
@@ -413,7 +414,7 @@ def test_killed_while_it_tidies_up_a_job_is_done(scene, tmp_path, monkeypatch):
 
 
 def test_what_another_process_is_making_is_left_alone(scene, tmp_path):
-    claimed = tmp_path / "e.zarr.parts" / "claimed"
+    claimed = tmp_path / "e.zarr.parts" / CLAIM
     claimed.parent.mkdir()
     code = f"import fcntl; file = open({str(claimed)!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from panterra.errors import InputError, RunError
-from panterra.files import claimed
 from panterra.train import checkpoint
 from panterra.train.loop import Check, Options, Run, Stopped, export, seed_micro, train
 from panterra.train.optim import Optimisation, learning_rate
@@ -178,18 +177,11 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path):
     assert len(lines(tmp_path / "one")) == 13
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(tmp_path):
-    ready, theirs = multiprocessing.get_context("fork").Pipe()
-    child = os.fork()
-    if child == 0:
-        with claimed(tmp_path / "run", "it"):
-            theirs.send("claimed")
-            signal.pause()
-    assert ready.recv() == "claimed"
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, claimed_elsewhere):
+    kill = claimed_elsewhere(tmp_path / "run")
     with pytest.raises(InputError, match="another process is making the run in"):
         train(RUN, tmp_path / "run", HERE)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    kill()
     assert train(RUN, tmp_path / "run", HERE).finished
 
 

@@ -132,37 +132,53 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def claimed(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from writing what is made in a folder; a claim ends with its process, however that ends.
+def claim(folder: Path, what: str) -> int | None:
+    """Keep other processes from writing what is made in a folder, until the handle that this returns is closed.
 
-    Raises InputError where another process has it. Nothing is claimed on file systems without locks, or on Windows.
+    A process's claims end with it, however it ends. None: nothing is claimed on file systems without locks, or on
+    Windows. Raises InputError where another process has the claim.
     """
-    fresh = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    claim = folder / CLAIM
     if os.name == "nt":
-        yield
-        return
+        return None
     import fcntl
 
-    handle = os.open(claim, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(folder / CLAIM, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not os.fstat(handle).st_nlink  # by who had it until now, and took it away in between
-        except OSError as error:
-            taken = isinstance(error, BlockingIOError | PermissionError)
-        if taken:
-            raise InputError(f"another process is making {what}; wait for it, or choose another name")
-        try:
-            yield
-        finally:
-            claim.unlink(missing_ok=True)
-            if fresh and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-    finally:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:  # else it was taken away in between, by who had it until now
+            return handle
+    except (BlockingIOError, PermissionError):
+        pass
+    except OSError:
         os.close(handle)
+        return None
+    os.close(handle)
+    raise InputError(f"another process is making {what}; wait for it, or choose another name")
+
+
+@contextmanager
+def claimed(folder: Path, what: str) -> Iterator[None]:
+    """Claim a folder, which is made where it is absent, while the block lasts. Raises InputError as `claim` does."""
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = claim(folder, what)
+    try:
+        yield
+    finally:
+        (folder / CLAIM).unlink(missing_ok=True)
+        if fresh and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def clear(folder: Path) -> None:
+    """Take away all that is in a folder but the claim on it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != CLAIM:
+            path.unlink()
 
 
 @cache

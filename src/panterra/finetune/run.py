@@ -22,7 +22,7 @@ from panterra import __version__
 from panterra.energy import EnergyReport, measure_energy
 from panterra.errors import InputError, RunError
 from panterra.evaluate.sweep import Recipe, rates_at
-from panterra.files import CLAIM, claimed, read_json, saving_tensors, unfinished
+from panterra.files import claimed, clear, read_json, saving_tensors, unfinished
 from panterra.finetune.augment import turn_sample, vary
 from panterra.finetune.card import write_card
 from panterra.finetune.dealing import classes_of, deal, draw_dates
@@ -439,9 +439,7 @@ def _begin(folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
     if before != job:
         folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
-        for left in folder.iterdir():
-            if left.name != CLAIM:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        clear(folder)
         checkpoint.write_json(note, job)
 
 

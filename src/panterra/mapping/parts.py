@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from panterra.errors import InputError
-from panterra.files import read_json, write_whole
+from panterra.files import claim, clear, read_json, write_whole
 from panterra.mapping.blend import Canvas
 from panterra.mapping.tiles import Tile
 
@@ -75,7 +75,10 @@ class Parts:
                 raise InputError(f"{out} is a folder with other things, which is not replaced; choose another name")
         with self.guard():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._claim()
+            handle = claim(self.folder, str(self.out))
+            self._disclaim: Callable[[], Any] = (
+                (lambda: None) if handle is None else weakref.finalize(self, os.close, handle)
+            )
             if before != wanted:
                 self._empty()
             for leftover in self.folder.glob("*.tmp"):
@@ -132,31 +135,10 @@ class Parts:
         except (FileNotFoundError, SafetensorError, ValueError) as error:
             raise InputError(f"{path} is damaged or gone ({error}); {self._afresh}") from None
 
-    def _claim(self) -> None:
-        """Refuse what another process is making; two would take each other's unfinished files away."""
-        if os.name == "nt":
-            self._disclaim: Callable[[], Any] = lambda: None
-            return
-        import fcntl
-
-        claim = os.open(self.folder / "claimed", os.O_RDWR | os.O_CREAT, 0o666)
-        self._disclaim = weakref.finalize(self, os.close, claim)
-        try:
-            fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._disclaim()
-            raise InputError(f"another process is making {self.out}; wait for it, or choose another name") from None
-        except OSError:  # a file system without locks
-            self._disclaim()
-
     def _empty(self) -> None:
         """Take away what another job left; what is without a job, if killed on the way, is never gone on with."""
         (self.folder / "job.json").unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "claimed":
-                path.unlink()
+        clear(self.folder)
 
     def _try_again(self) -> None:
         """Take tiles that failed, and those blended without them, for unfinished."""
@@ -200,7 +182,7 @@ class Parts:
         with self.reading(path), safe_open(path, "numpy") as file:
             sums = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in (names if names is not None else file.keys())}
-            if any(sums.get(name, _sum(array)) != _sum(array) for name, array in arrays.items()):
+            if any(name in sums and sums[name] != _sum(array) for name, array in arrays.items()):
                 raise ValueError("it does not hold what was written")
         return arrays
 

@@ -19,7 +19,7 @@ from odc.geo.geobox import GeoBox
 import panterra
 from panterra.energy import EnergyReport
 from panterra.energy.impact import impact_of
-from panterra.files import write_whole
+from panterra.files import file_checksum, write_whole
 from panterra.imagery.grids import footprint
 from panterra.imagery.providers import licence_fields
 from panterra.imagery.stac import pixel_metres
@@ -117,8 +117,7 @@ def checksum(path: Path) -> str:
     if path.is_dir():
         lines = [f"{checksum(f)}  {f.relative_to(path).as_posix()}\n" for f in _files(path)]
         return "1220" + hashlib.sha256("".join(lines).encode()).hexdigest()
-    with path.open("rb") as file:
-        return "1220" + hashlib.file_digest(file, "sha256").hexdigest()
+    return "1220" + file_checksum(path)
 
 
 def size(path: Path) -> int:

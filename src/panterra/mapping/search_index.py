@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from panterra.errors import InputError
-from panterra.files import CLAIM, claimed, read_json, unfinished, write_whole
+from panterra.files import CLAIM, claimed, clear, read_json, unfinished, write_whole
 from panterra.mapping.embeddings import Block
 from panterra.mapping.passport import checksum
 from panterra.mapping.search_query import Vectors
@@ -113,9 +113,7 @@ def build_index(
     with claimed(work, f"the index of {store.path}"):
         note = work / "job.json"
         if not note.is_file() or read_json(note, f"remove {work} to start afresh") != job:
-            for left in work.iterdir():
-                if left.name != CLAIM:
-                    left.unlink()
+            clear(work)
             sample = _sample(store, max(TRAINING * lists, CHECKED), total)
             if not len(sample):
                 raise InputError(f"{store.path} holds no data to index")

@@ -19,7 +19,7 @@ from panterra.models.anysat_predictor import AnySatPredictorConfig
 from panterra.models.anysat_sensors import SENSORS
 from panterra.models.anysat_statistics import Statistics
 from panterra.models.weights import save_model
-from panterra.objectives.jepa import JEPA, JEPAConfig
+from panterra.objectives.jepa import JEPA, JEPAConfig, MaskedTiles
 from panterra.objectives.jepa_batches import MixedBatches, Samples, Source
 from panterra.objectives.jepa_masks import BlockMasking, NaiveMasking
 from panterra.objectives.teacher import follow, momentum_at
@@ -225,18 +225,11 @@ def run_from(
 def validation(batches: MixedBatches, *, every: int, steps: int | None = None, name: str = "validation") -> Check:
     """Make a check that averages the losses over batches of other samples, drawn and masked as in training."""
 
-    @torch.no_grad()
-    def run(objective: nn.Module, step: int) -> dict[str, float]:
-        device = next(objective.parameters()).device
-        losses: dict[str, list[float]] = {}
-        for i in range(min(len(batches), steps or len(batches))):
-            for tiles in batches[i]:
-                loss = objective(tiles.to(device))
-                for key, value in {"loss": loss.total, **loss.terms}.items():
-                    losses.setdefault(key, []).append(float(value))
-        return {key: sum(values) / len(values) for key, values in losses.items()}
+    def figures(objective: nn.Module, tiles: MaskedTiles, _: Source) -> dict[str, float]:
+        loss = objective(tiles)
+        return {key: float(value) for key, value in {"loss": loss.total, **loss.terms}.items()}
 
-    return Check(name=name, every=every, run=run)
+    return _averaged(figures, batches, every=every, steps=steps, name=name)
 
 
 def retrieval(batches: MixedBatches, *, every: int, steps: int | None = None, name: str = "retrieval") -> Check:
@@ -245,19 +238,37 @@ def retrieval(batches: MixedBatches, *, every: int, steps: int | None = None, na
     Tokens are the student's, before places are added. Sensors that see the tile as a whole take no part.
     """
 
+    def figures(objective: nn.Module, tiles: MaskedTiles, source: Source) -> dict[str, float]:
+        seen = cast(JEPA, objective).look(tiles).patches
+        if len(seen) < 2:
+            return {}
+        tokens = F.normalize(torch.stack(list(seen.values())).float().flatten(0, 2), dim=-1)
+        found = retrieval_accuracy(tokens @ tokens.mT, list(seen))
+        return {f"{source.name}/{sensor}": share for sensor, share in found.items()}
+
+    return _averaged(figures, batches, every=every, steps=steps, name=name)
+
+
+def _averaged(
+    figures: Callable[[nn.Module, MaskedTiles, Source], Mapping[str, float]],
+    batches: MixedBatches,
+    *,
+    every: int,
+    steps: int | None,
+    name: str,
+) -> Check:
+    """Make a check that averages figures over batches, each over those that have it."""
+
     @torch.no_grad()
     def run(objective: nn.Module, step: int) -> dict[str, float]:
         device = next(objective.parameters()).device
-        shares: dict[str, list[float]] = {}
+        found: dict[str, list[float]] = {}
         for i in range(min(len(batches), steps or len(batches))):
+            source = batches.source(i)
             for tiles in batches[i]:
-                seen = cast(JEPA, objective).look(tiles.to(device)).patches
-                if len(seen) < 2:
-                    continue
-                tokens = F.normalize(torch.stack(list(seen.values())).float().flatten(0, 2), dim=-1)
-                for sensor, share in retrieval_accuracy(tokens @ tokens.mT, list(seen)).items():
-                    shares.setdefault(f"{batches.source(i).name}/{sensor}", []).append(share)
-        return {key: sum(values) / len(values) for key, values in shares.items()}
+                for key, value in figures(objective, tiles.to(device), source).items():
+                    found.setdefault(key, []).append(value)
+        return {key: sum(values) / len(values) for key, values in found.items()}
 
     return Check(name=name, every=every, run=run)
 
